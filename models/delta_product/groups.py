@@ -1,0 +1,61 @@
+"""Finite permutation groups, for word problems: element tables and products.
+
+Elements of S_m are the permutations of m points in lexicographic order, those of A_m the
+even ones in the same order; element 0 is the identity. The product composes right to left,
+(a * b)(i) = a(b(i)), and a word's label at position t is x_1 * x_2 * ... * x_t.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+
+NAMES = ("S3", "S4", "A5", "S5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group by its tables.
+
+    Attributes:
+      name: as in ``NAMES``.
+      permutations: [m, points] int, one-line notation of each element, 0-based.
+      product: [m, m] int, index of a * b.
+    """
+
+    name: str
+    permutations: np.ndarray
+    product: np.ndarray
+
+    @property
+    def order(self) -> int:
+        return len(self.permutations)
+
+
+@functools.cache
+def group(name: str) -> Group:
+    """Builds a group by name: "S3", "S4", "A5" or "S5"."""
+    if name not in NAMES:
+        raise ValueError(f"unknown group {name!r}; choose one of {', '.join(NAMES)}")
+    permutations = list(itertools.permutations(range(int(name[1:]))))
+    if name[0] == "A":
+        permutations = [p for p in permutations if _is_even(p)]
+    index = {p: i for i, p in enumerate(permutations)}
+    product = [[index[tuple(a[i] for i in b)] for b in permutations] for a in permutations]
+    return Group(name, np.asarray(permutations), np.asarray(product))
+
+
+def prefix_products(group: Group, words: np.ndarray) -> np.ndarray:
+    """Labels of words: [..., k] elements -> [..., k] elements, x_1 * ... * x_t."""
+    labels = np.empty_like(words)
+    accumulated = np.zeros(words.shape[:-1], words.dtype)  # the identity
+    for t in range(words.shape[-1]):
+        accumulated = group.product[accumulated, words[..., t]]
+        labels[..., t] = accumulated
+    return labels
+
+
+def _is_even(permutation: tuple[int, ...]) -> bool:
+    inversions = sum(a > b for a, b in itertools.combinations(permutation, 2))
+    return inversions % 2 == 0

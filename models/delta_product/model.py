@@ -1,0 +1,81 @@
+"""A language model of DeltaProduct blocks: embedding, pre-norm blocks, head.
+
+Dimensions: B batch, T tokens, D hidden, S vocabulary size.
+
+Block: h = x + mixer(RMSNorm(x)); y = h + SwiGLU(RMSNorm(h)). A final RMSNorm, then logits.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..layers import Dense, RMSNorm, SwiGLU
+from .config import DeltaProductConfig
+from .layer import DeltaProduct, LayerCache
+
+
+class DeltaProductLM(nn.Module):
+    """Causal language model of DeltaProduct blocks."""
+
+    config: DeltaProductConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: tuple[LayerCache, ...] | None = None,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Predicts the token after every position.
+
+        Args:
+          ids: [B, T] int tokens.
+          mask: [B, T] bool, True for real tokens (left or right padding).
+          segment_ids: [B, T] int; documents packed in one row, see ``DeltaProduct``.
+          cache: as returned by an earlier call, to continue after its tokens.
+
+        Returns:
+          logits [B, T, S] (float32, float64 for float64 parameters) and the cache, one entry
+          per layer.
+        """
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        named = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        shape = (c.vocab_size, c.hidden_size)
+        embedding_SD = self.param("embeddings", named, shape, c.param_dtype)
+        x_BTD = embedding_SD[ids].astype(c.dtype)
+        block = nn.remat(_Block) if c.remat else _Block
+        caches = []
+        for i in range(c.num_hidden_layers):
+            layer_cache = None if cache is None else cache[i]
+            x_BTD, layer_cache = block(c, name=f"layers_{i}")(
+                x_BTD, mask, segment_ids, layer_cache
+            )
+            caches.append(layer_cache)
+        x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
+        if c.tie_word_embeddings:
+            logits_BTS = x_BTD @ embedding_SD.T.astype(c.dtype)
+        else:
+            axes = ("embed", "vocab")
+            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, name="lm_head")
+            logits_BTS = head(x_BTD)
+        wide = jnp.promote_types(logits_BTS.dtype, jnp.float32)
+        return logits_BTS.astype(wide), tuple(caches)
+
+
+class _Block(nn.Module):
+    config: DeltaProductConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, mask, segment_ids, cache):
+        c = self.config
+        norm = lambda name: RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name=name)
+        y_BTD, cache = DeltaProduct(c, name="attn")(
+            norm("attn_norm")(x_BTD), mask=mask, segment_ids=segment_ids, cache=cache
+        )
+        x_BTD = x_BTD + y_BTD
+        init = nn.initializers.normal(c.initializer_range)
+        mlp = SwiGLU(c.mlp_size, init, c.dtype, c.param_dtype, name="mlp")
+        return x_BTD + mlp(norm("mlp_norm")(x_BTD)), cache

@@ -1,0 +1,116 @@
+"""Layers that several families share: projections, RMSNorm, SwiGLU, short convolution.
+
+Dimensions: B batch, T tokens, D hidden, F feed-forward, W convolution width.
+
+Every parameter carries logical axis names (``"embed"``, ``"heads"``, ``"mlp"``, ...);
+which mesh axis a name is split over is decided in ``scanax.train.mesh``, not here.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+DType = str | jnp.dtype
+
+
+class Dense(nn.Module):
+    """x @ kernel without a bias; kernel [in, features] with two logical axis names."""
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Initializer
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., features] in ``dtype``."""
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 or better."""
+
+    eps: float
+    axis_name: str
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] in ``dtype``."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
+        scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * scale_D.astype(x.dtype)).astype(self.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    intermediate_size: int
+    kernel_init: Initializer
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        dense = lambda features, axes, name: Dense(
+            features, axes, self.kernel_init, self.dtype, self.param_dtype, name=name
+        )
+        gate_BTF = dense(self.intermediate_size, ("embed", "mlp"), "gate_proj")(x_BTD)
+        up_BTF = dense(self.intermediate_size, ("embed", "mlp"), "up_proj")(x_BTD)
+        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        return dense(x_BTD.shape[-1], ("mlp", "embed"), "down_proj")(hidden_BTF)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time, without bias or activation.
+
+    y_t = sum_i kernel[i] * x_{t-W+1+i}; kernel[W-1] weighs the current token.
+    """
+
+    width: int
+    axis_name: str
+    kernel_init: Initializer
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x_BTD, segments_BT=None, history=None):
+        """Convolves; inputs before the first token come from ``history``.
+
+        Args:
+          x_BTD: [B, T, D].
+          segments_BT: [B, T] numbers that differ between segments, or None. The history
+            belongs to the first token's segment.
+          history: [B, W-1, D], the last inputs before x (newest last), or None for zeros.
+
+        Returns:
+          y [B, T, D] and the history after the last token [B, W-1, D].
+        """
+        batch, tokens, width_D = x_BTD.shape
+        init = nn.with_logical_partitioning(self.kernel_init, ("conv", self.axis_name))
+        kernel_WD = self.param("kernel", init, (self.width, width_D), self.param_dtype)
+        kernel_WD = kernel_WD.astype(self.dtype)
+        if history is None:
+            history = jnp.zeros((batch, self.width - 1, width_D), self.dtype)
+        padded = jnp.concatenate([history.astype(self.dtype), x_BTD.astype(self.dtype)], axis=1)
+        if segments_BT is not None:
+            before = ((0, 0), (self.width - 1, 0))
+            padded_segments = jnp.pad(segments_BT, before, mode="edge")
+        y_BTD = jnp.zeros_like(padded[:, :tokens])
+        for i in range(self.width):
+            tap_BTD = padded[:, i : i + tokens]
+            if segments_BT is not None:
+                same_BT = padded_segments[:, i : i + tokens] == segments_BT
+                tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0)
+            y_BTD = y_BTD + kernel_WD[i][None, None] * tap_BTD
+        return y_BTD, padded[:, tokens:]
