@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..kernels.dtypes import accumulation_dtype
+
 Initializer = Callable[..., jax.Array]
 DType = str | jnp.dtype
 
@@ -46,7 +48,7 @@ class RMSNorm(nn.Module):
         """[..., D] -> [..., D] in ``dtype``."""
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
         scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(accumulation_dtype(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * scale_D.astype(x.dtype)).astype(self.dtype)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import dispatch
+from ..dtypes import accumulation_dtype
 from . import reference, xla
 
 IMPLEMENTATIONS = {
@@ -53,7 +54,7 @@ def delta_product(
     """
     _check(q, k, v, beta, g, initial_state, segment_ids, chunk_size)
     batch, _, heads, key_dim = q.shape
-    dtype = state_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
     reset = None
@@ -96,11 +97,6 @@ def delta_product_step(
     _check(time(q), time(k), time(v), time(beta), time(g), state, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return reference.delta_product_step(q, k, v, beta, g, state, scale=scale)
-
-
-def state_dtype(dtype) -> jnp.dtype:
-    """The dtype of the state and of all accumulation for inputs of ``dtype``."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check(q, k, v, beta, g, state, segment_ids, chunk_size):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels import delta_product, delta_product_step
+from ...kernels.dtypes import accumulation_dtype
 from ..layers import Dense, RMSNorm, ShortConv
 from .config import DeltaProductConfig
 
@@ -148,7 +149,7 @@ def l2_normalise(x: jax.Array) -> jax.Array:
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accumulation_dtype(x.dtype))
 
 
 def _a_log_init(key, shape, dtype):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ...kernels.dtypes import accumulation_dtype
 from ..layers import Dense, RMSNorm, SwiGLU
 from .config import DeltaProductConfig
 from .layer import DeltaProduct, LayerCache
@@ -61,8 +62,7 @@ class DeltaProductLM(nn.Module):
             axes = ("embed", "vocab")
             head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, name="lm_head")
             logits_BTS = head(x_BTD)
-        wide = jnp.promote_types(logits_BTS.dtype, jnp.float32)
-        return logits_BTS.astype(wide), tuple(caches)
+        return logits_BTS.astype(accumulation_dtype(logits_BTS.dtype)), tuple(caches)
 
 
 class _Block(nn.Module):

@@ -1,0 +1,109 @@
+"""Every configuration key, once, with its default.
+
+A config file returns ``base.get_config(task)`` with what differs. What the keys mean to the
+code, and which values are valid, stands with the code that reads them:
+
+  Config            train/config.py         DeltaProductConfig  models/delta_product/config.py
+  OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
+  MeshConfig        train/mesh.py           CheckpointConfig    train/checkpoint.py
+
+Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
+"""
+
+import ml_collections
+
+
+def get_config(task: str) -> ml_collections.ConfigDict:
+    """All keys of a run of ``task``, at their defaults."""
+    return ml_collections.ConfigDict(
+        {
+            "task": task,  # what is trained: a file of train/tasks
+            "seed": 0,  # of the parameters and of all noise in training
+            "num_steps": 1000,  # updates
+            "batch_size": 64,  # examples per update, over all devices
+            "microbatches": 1,  # an update's batch is computed in this many parts
+            "max_bad_steps": 10,  # stop after so many non-finite updates in a row
+            "model": _MODEL[task](),
+            "data": _DATA[task](),
+            "optimizer": {
+                "learning_rate": 1e-3,  # peak
+                "schedule": "cosine",  # constant, cosine or wsd, after the warmup
+                "warmup_steps": 0,  # linear from 0
+                "decay_steps": 0,  # wsd only: length of the final linear decay
+                "final_fraction": 0.0,  # rate at the end, as a fraction of the peak
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "decay_mask": "matrices",  # what is decayed: matrices, or all
+                "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
+                "ema_decay": 0.0,  # average of the parameters used for evaluation; 0 = none
+            },
+            "evaluation": {
+                "every_steps": 0,  # 0 = at the end only
+                "batches": 4,  # batches per evaluation
+                "batch_size": 64,
+                "seed": 1234,  # of the evaluation data and noise
+                "samples": 16,  # samples drawn at the end; 0 = none
+            },
+            "checkpoint": {
+                "every_steps": 500,  # and always at the end
+                "keep": 3,  # newest checkpoints that stay
+                "asynchronous": True,  # write while training goes on
+            },
+            "mesh": {  # devices along each axis; one may be -1: all that are left
+                "data": -1,
+                "fsdp": 1,
+                "tensor": 1,
+                "expert": 1,
+                "sequence": 1,
+            },
+            "log": {
+                "every_steps": 50,
+                "profile_start": -1,  # first step of a profiler trace; -1 = none
+                "profile_steps": 5,
+            },
+        }
+    )
+
+
+def _delta_product() -> dict:
+    return {
+        "vocab_size": 0,  # 0 = what the data needs
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_heads": 4,
+        "num_v_heads": 0,  # 0 = num_heads
+        "head_dim": 16,
+        "expand_v": 1.0,
+        "num_householder": 2,
+        "intermediate_size": 0,  # 0 = 8/3 hidden_size, rounded up to a multiple of 256
+        "use_short_conv": True,
+        "conv_size": 4,
+        "activation": "silu",  # of q, k, v: silu or identity
+        "use_forget_gate": False,
+        "use_output_gate": True,
+        "allow_neg_eigval": True,
+        "tie_word_embeddings": False,
+        "norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": False,
+        "implementation": "auto",  # of the scan
+    }
+
+
+def _word_problem() -> dict:
+    return {
+        "group": "S3",  # S3, S4, A5 or S5
+        "seed": 0,  # of the training words
+        "length": 128,  # elements in a training row, BOS not counted
+        "curriculum_lengths": (),  # rows are packed with words of these lengths instead...
+        "curriculum_steps": (),  # ...from these steps on
+        "eval_lengths": (128, 256, 512, 1024),
+    }
+
+
+_MODEL = {"word_problem": _delta_product}
+_DATA = {"word_problem": _word_problem}

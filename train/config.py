@@ -1,0 +1,209 @@
+"""The configuration of a run: schema, validation, and what a resumed run may change.
+
+``configs/base.py`` declares the defaults; this module knows types and meaning. A wrong key,
+type or combination is a ``ConfigError`` before anything is compiled or written.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+from .mesh import MeshConfig
+from .optimizer import OptimizerConfig
+
+# Keys that decide how a run is executed, not what it computes: free to change on resume.
+FREE_ON_RESUME = ("checkpoint", "log", "mesh", "microbatches", "evaluation.every_steps")
+
+
+class ConfigError(ValueError):
+    """The user asked for something that cannot be run; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation: cadence in steps (0 = at the end only), size, seed, samples at the end."""
+
+    every_steps: int
+    batches: int
+    batch_size: int
+    seed: int
+    samples: int
+
+    def __post_init__(self):
+        if self.every_steps < 0 or self.samples < 0 or self.batches < 1 or self.batch_size < 1:
+            raise ValueError(
+                "evaluation: batches and batch_size must be positive, every_steps and samples"
+                " not negative"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+      every_steps: saving cadence; the end of a run and a preemption always save.
+      keep: number of newest checkpoints that stay.
+      asynchronous: write in the background while training goes on.
+    """
+
+    every_steps: int
+    keep: int
+    asynchronous: bool
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Logging cadence and profiler window, in steps."""
+
+    every_steps: int
+    profile_start: int
+    profile_steps: int
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.profile_steps < 1:
+            raise ValueError("log.every_steps and log.profile_steps must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+      task: name of the file in ``train/tasks`` that builds the ``Task``.
+      seed: of the parameters and of all noise in training.
+      num_steps: parameter updates.
+      batch_size: examples per update, over all devices and microbatches.
+      microbatches: parts that an update's batch is computed in; gradients are accumulated.
+      max_bad_steps: non-finite updates in a row after which the run stops.
+      model, data: validated by the task, which knows their keys.
+      optimizer, evaluation, checkpoint, mesh, log: see their classes.
+    """
+
+    task: str
+    seed: int
+    num_steps: int
+    batch_size: int
+    microbatches: int
+    max_bad_steps: int
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+    log: LogConfig
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "microbatches", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of microbatches"
+                f" ({self.microbatches})"
+            )
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a Config from nested mappings (a ConfigDict, or parsed JSON)."""
+    return build(Config, values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of ``from_dict``: nested dictionaries that JSON can hold."""
+    return dataclasses.asdict(dataclasses.replace(config, model=dict(config.model)))
+
+
+def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+    """Builds dataclass ``cls`` from a mapping, checking keys and types.
+
+    Args:
+      cls: a dataclass without defaults; its fields are the allowed keys.
+      values: the mapping. Integers are accepted for floats, lists for tuples.
+      path: where the mapping stands in the config, for messages ("model").
+
+    Raises:
+      ConfigError: for an unknown or missing key, a wrong type, or a value that the class
+        rejects.
+    """
+    types = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(unknown_key(_join(path, key), [_join(path, n) for n in names]))
+    missing = [_join(path, name) for name in names if name not in values]
+    if missing:
+        raise ConfigError(f"the config lacks {', '.join(missing)}: declared in configs/base.py")
+    fields = {name: _convert(types[name], values[name], _join(path, name)) for name in names}
+    try:
+        return cls(**fields)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"invalid config: {error}") from error
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for an unknown config key, with the nearest right name."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown config key {key!r}; {hint}"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs beyond ``FREE_ON_RESUME``, one line per key."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(old_flat | new_flat):
+        if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
+            continue
+        before, after = old_flat.get(key, "absent"), new_flat.get(key, "absent")
+        if _plain(before) != _plain(after):
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one dictionary with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, _join(path, key))
+        else:
+            flat[_join(path, key)] = value
+    return flat
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a group of keys, got {value!r}")
+        return build(kind, value, path)
+    origin = typing.get_origin(kind) or kind
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is tuple and isinstance(value, list | tuple):
+        item = typing.get_args(kind)[0]
+        return tuple(_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, bool) != (origin is bool) or not isinstance(value, origin):
+        raise ConfigError(f"{path} must be of type {origin.__name__}, got {value!r}")
+    return value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value

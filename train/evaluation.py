@@ -1,0 +1,79 @@
+"""Evaluation: averages of a task's sums over batches that are always the same.
+
+The noise of evaluation batch i is ``fold_in(key(seed), i)``, and the batch itself depends on
+the seed and i only, so two evaluations of the same parameters agree at any step, after any
+resume and on any mesh.
+"""
+
+from collections.abc import Callable, Mapping
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from . import mesh as mesh_lib
+from .config import Config
+from .task import Task
+
+Means = dict[str, np.ndarray]
+
+
+def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any], Means]:
+    """Returns evaluate(params, extra) -> {name: mean}; compiled at its first call."""
+    size = config.evaluation.batch_size
+    batch_sharding, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+
+    def sums(params, extra, batch, index):
+        key = jax.random.fold_in(jax.random.key(config.evaluation.seed), index)
+        return dict(task.evaluate(params, extra, batch, jax.random.split(key, size)))
+
+    compiled = jax.jit(sums, out_shardings=whole)
+
+    def evaluate(params: Any, extra: Any) -> Means:
+        total = None
+        for index in range(config.evaluation.batches):
+            batch = put_global(task.eval_data(index), batch_sharding)
+            values = jax.device_get(compiled(params, extra, batch, np.int32(index)))
+            values = jax.tree.map(lambda x: np.asarray(x, np.float64), values)
+            total = values if total is None else jax.tree.map(np.add, total, values)
+        assert total is not None  # the config asks for at least one batch
+        return {name: value / weight for name, (value, weight) in total.items()}
+
+    return evaluate
+
+
+def put_global(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, as sharded global arrays."""
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        for name, x in batch.items()
+    }
+
+
+def write_report(
+    task: Task, config: Config, folder: pathlib.Path, means: Means, params: Any, extra: Any
+) -> str:
+    """Writes metrics.json, curves.npz, pictures and samples; returns the samples' text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scalars = {name: float(x) for name, x in means.items() if x.ndim == 0}
+    curves = {name: x for name, x in means.items() if x.ndim > 0}
+    (folder / "metrics.json").write_text(json.dumps(scalars, indent=2) + "\n")
+    if curves:
+        np.savez_compressed(folder / "curves.npz", **curves)  # pyright: ignore[reportArgumentType]
+    if task.report is not None:
+        task.report(means, folder)
+    if not config.evaluation.samples:
+        return ""
+    text = draw_samples(task, params, extra, config.evaluation.seed, config.evaluation.samples)
+    (folder / "samples.txt").write_text(text + "\n")
+    return text
+
+
+def draw_samples(task: Task, params: Any, extra: Any, seed: int, number: int) -> str:
+    """Samples of the task as text for people; empty if it has none."""
+    if task.sample is None or task.render is None:
+        return ""
+    return task.render(task.sample(params, extra, jax.random.key(seed), number))

@@ -1,0 +1,144 @@
+"""Command lines: absl flags and config overrides, with one clear message for every mistake.
+
+A user's mistake ends the process with exit code 2 and one message, before anything is
+compiled or written. It wraps ``config_flags``, which reports a mistyped key as a bare
+AttributeError and passes over stray arguments.
+"""
+
+from collections.abc import Callable
+import logging
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+import jax
+from ml_collections import config_flags
+import ml_collections
+
+from .checkpoint import CheckpointError
+from .config import Config, ConfigError, flatten, from_dict, unknown_key
+
+USER_ERRORS = (ConfigError, CheckpointError, flags.Error)
+CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache/scanax/jax")),
+    "Folder that keeps compiled programs between runs; empty for none.",
+)
+
+
+def define_config():
+    """Defines --config, the path of a config file, and --config.KEY overrides."""
+    return config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+
+
+def define_workdir():
+    """Defines --workdir, the folder of a run."""
+    return flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, pictures.")
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Parses the command line and runs ``main``; exit code 2 for a user's mistake.
+
+    Other exceptions keep their traceback, except that ``main`` may raise errors with an
+    ``exit_code`` attribute, whose message is printed alone.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X"
+    )
+    logging.getLogger("scanax").setLevel(logging.INFO)
+
+    def run(argv: list[str]) -> None:
+        del argv
+        try:
+            if CACHE.value:
+                jax.config.update("jax_compilation_cache_dir", CACHE.value)
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+            main()
+        except USER_ERRORS as error:
+            _fail(error, 2)
+        except RuntimeError as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            _fail(error, error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
+
+    app.run(run, flags_parser=_parse)
+
+
+def require(**values: str | None) -> None:
+    """Raises a ConfigError for flags that were not given."""
+    for name, value in values.items():
+        if not value:
+            raise ConfigError(f"--{name} is required")
+
+
+def freeze(config: ml_collections.ConfigDict) -> Config:
+    """The validated config of a command line."""
+    return from_dict(config.to_dict())
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        app.define_help_flags()
+        _check_overrides(argv)
+        left = flags.FLAGS(argv)
+        if len(left) > 1:
+            raise ConfigError(
+                f"unexpected argument {left[1]!r}; write --flag=value (--config.key=false for a"
+                " switch)"
+            )
+        app.parse_flags_with_usage(argv[:1])  # prints and exits for --help
+        return left
+    except (*USER_ERRORS, OSError, TypeError, AttributeError, ValueError) as error:
+        _fail(error, 2)
+        raise
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Names the nearest key for a --config.KEY that does not exist."""
+    path, overrides = None, []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name == "config":
+            path = value if equals else next(arguments, None)
+        elif name.startswith("config."):
+            overrides.append(name.removeprefix("config."))
+    if path is None:
+        if overrides:
+            raise ConfigError("--config.KEY needs --config=FILE")
+        return
+    if not pathlib.Path(path).is_file():
+        folder = pathlib.Path(path).parent
+        near = sorted(str(p) for p in folder.glob("*.py") if not p.name.startswith("_"))
+        raise ConfigError(
+            f"--config {path} does not exist"
+            + (f"; there are {', '.join(near)}" if near else f" (current folder: {os.getcwd()})")
+        )
+    known = list(flatten(_load(path).to_dict()))
+    groups = {key.rsplit(".", i)[0] for key in known for i in (1, 2) if key.count(".") >= i}
+    for key in overrides:
+        if key in groups:
+            raise ConfigError(f"--config.{key} is a group of keys; set one of its keys")
+        if key not in known:
+            raise ConfigError(unknown_key(key, known))
+
+
+def _load(path: str) -> ml_collections.ConfigDict:
+    """Runs a config file's get_config."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("scanax_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _fail(error: BaseException, code: int) -> None:
+    text = str(error).strip() or type(error).__name__
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(code)

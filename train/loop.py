@@ -1,0 +1,245 @@
+"""The training loop, the same for every family.
+
+Per step, in this order (do not change it):
+
+  1. evaluate, if due
+  2. save, if due, preempted or last: before ``next``, so that state and data position agree
+  3. stop, if last or preempted
+  4. next batch
+  5. step: dispatched, not waited for
+  6. log the metrics of the *previous* step, so that logging never stalls the device
+"""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import evaluation, mesh as mesh_lib, state as state_lib
+from .checkpoint import CheckpointError, Checkpoints
+from .compilations import CompilationWatch
+from .config import Config, ConfigError, changes, to_dict
+from .preemption import Preemption
+from .state import TrainState
+from .step import jit_step, make_step
+from .task import Task
+from .writers import Writers
+
+logger = logging.getLogger("scanax")
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row were not finite; the message says where and what is kept."""
+
+    exit_code = 1
+
+
+def train(
+    task: Task, config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """Trains, or continues what ``workdir`` holds.
+
+    Args:
+      task: what to train.
+      config: the run; must be the one that the workdir was started with.
+      workdir: gets config.json, metrics.jsonl, checkpoints/, and eval/<step>/.
+      allow_config_change: continue although the config differs from the workdir's.
+
+    Returns:
+      The final state and the last evaluation's means.
+
+    Raises:
+      ConfigError: if config, mesh and workdir do not fit; nothing is written then.
+      CheckpointError: if no checkpoint in the workdir can be trusted.
+      TrainingDiverged: after ``max_bad_steps`` non-finite updates in a row.
+      SystemExit: after a SIGTERM or Ctrl-C, once the state is saved.
+    """
+    mesh, shardings = place(task, config)
+    check_workdir(workdir, config, allow_config_change)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        (workdir / "config.json").write_text(text)
+    shapes = state_lib.shapes(task, config)
+    logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
+
+    data = task.train_data(jax.process_index(), jax.process_count())
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    state, first_step = _restore(checkpoints, task, config, shapes, shardings, data)
+    step_fn = jit_step(make_step(task, config, mesh), shardings, mesh)
+    watch = CompilationWatch(step_fn, "the training step")
+    evaluate = evaluation.make_evaluator(task, config, mesh)
+    writers = Writers(workdir, first_step, config.num_steps, config.batch_size)
+    batch_sharding = mesh_lib.batch_sharding(mesh)
+    step, means, pending = first_step, {}, None
+    trace = _Profiler(config, workdir)
+
+    def flush() -> None:
+        """Writes the metrics of the last step, and stops if it was one bad step too many."""
+        nonlocal pending
+        if pending is not None:
+            at, metrics, pending = *pending, None
+            _log(writers, config, shapes, at, metrics, watch.count, checkpoints)
+
+    with Preemption() as preemption, contextlib.closing(writers):
+        while True:
+            last = step == config.num_steps
+            due = bool(config.evaluation.every_steps) and step % config.evaluation.every_steps == 0
+            if last or (due and step > first_step):
+                flush()
+                means = evaluate(state.eval_params, state.extra)
+                writers.evaluation(step, means)
+                folder = workdir / "eval" / f"{step:08d}"
+                evaluation.write_report(
+                    task, config, folder, means, state.eval_params, state.extra
+                )
+                writers.pause()
+            due = step % config.checkpoint.every_steps == 0
+            if (due and step > first_step) or last or preemption.received:
+                flush()
+                checkpoints.save(state, to_dict(config), data.get_state())
+            if last or preemption.received:
+                break
+            batch = put_local(next(data), batch_sharding)
+            trace.before(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = watch(state, batch)
+            trace.after(step, state)
+            step += 1
+            flush()
+            pending = (step, metrics)
+            writers.advance(step)
+        checkpoints.wait()
+        checkpoints.close()
+        if preemption.received:
+            preemption.leave(f"step {step} is saved in {workdir}; the same command continues")
+    return state, means
+
+
+def place(
+    task: Task, config: Config, devices: list[Any] | None = None
+) -> tuple[jax.sharding.Mesh, TrainState]:
+    """The mesh over ``devices`` (all by default), and the state's shardings on it.
+
+    Nothing is compiled.
+
+    Raises:
+      ConfigError: if devices, batch sizes or parameters do not divide.
+    """
+    try:
+        mesh = mesh_lib.make_mesh(config.mesh, devices)
+        mesh_lib.check_batch(mesh, config.batch_size, config.microbatches, "batch_size")
+        size = config.evaluation.batch_size
+        mesh_lib.check_batch(mesh, size, 1, "evaluation.batch_size")
+        return mesh, state_lib.shardings(task, config, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> None:
+    """Raises a ConfigError if the workdir cannot be this run's."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir {workdir} is a file")
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.is_dir() and any(workdir.iterdir()):
+            raise ConfigError(
+                f"--workdir {workdir} is not empty and holds no run; give a new or a run's folder"
+            )
+        return
+    try:
+        old = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not readable ({error}); restore it or remove it") from error
+    different = changes(old, to_dict(config))
+    if different and not allow_change:
+        raise ConfigError(
+            f"--workdir {workdir} holds a run with another config ({'; '.join(different[:5])});"
+            " give a new --workdir, or --allow_config_change to continue it all the same"
+        )
+
+
+def put_local(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()
+    }
+
+
+def _restore(checkpoints: Checkpoints, task: Task, config: Config, shapes, shardings, data):
+    restored = checkpoints.restore(shapes, shardings)
+    if restored is None:
+        start = time.perf_counter()
+        state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
+        jax.block_until_ready(state.step)
+        logger.info("parameters initialised in %.1f s", time.perf_counter() - start)
+        return state, 0
+    try:
+        data.set_state(restored.meta["data"])
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Start in a new --workdir") from error
+    logger.info("continuing from step %d", restored.step)
+    return restored.value, restored.step
+
+
+def _log(writers, config: Config, shapes, step: int, metrics: Any, compilations: int, checkpoints):
+    """Writes metrics if due; raises if too many updates in a row were bad."""
+    bad_steps = int(metrics["bad_steps"])  # waits for that step
+    if bad_steps:
+        where = _not_finite(shapes, metrics)
+        logger.warning("update %d skipped (%d in a row): not finite: %s", step, bad_steps, where)
+        if bad_steps >= config.max_bad_steps:
+            checkpoints.wait()
+            kept = checkpoints.steps()
+            raise TrainingDiverged(
+                f"stopped at step {step}: {bad_steps} updates in a row were not finite ({where})."
+                f" Checkpoints kept: {kept or 'none'}. Lower optimizer.learning_rate, set"
+                " optimizer.clip_norm, or look at the data of these steps"
+            )
+    if step % config.log.every_steps == 0 or step == config.num_steps or bad_steps:
+        values = {k: float(v) for k, v in metrics.items() if k != "finite_gradients"}
+        writers.train(step, values, compilations)
+
+
+def _not_finite(shapes: TrainState, metrics: Any) -> str:
+    """Names what was not finite in an update."""
+    names = [name for name in ("loss", "update_norm") if not np.isfinite(metrics[name])]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)]
+    bad = np.flatnonzero(~np.asarray(metrics["finite_gradients"]))
+    keys = [jax.tree_util.keystr(paths[i], simple=True, separator="/") for i in bad[:3]]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    if keys:
+        names.append(f"gradients of {', '.join(keys)}{more}")
+    return ", ".join(names) or "norm of the gradients"
+
+
+def param_table(task: Task, shapes: TrainState, shardings: TrainState) -> str:
+    """A line per parameter with its axes and how it is split, and their number."""
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes.params))
+    rows = mesh_lib.table(shapes.params, task.param_axes, shardings.params)
+    return f"{rows}\n{count:,} parameters"
+
+
+class _Profiler:
+    """A profiler trace over the steps that the config names."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        self._first = config.log.profile_start
+        self._last = self._first + config.log.profile_steps - 1
+        self._folder = workdir / "profile"
+
+    def before(self, step: int) -> None:
+        if self._first >= 0 and step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+
+    def after(self, step: int, state: TrainState) -> None:
+        if self._first >= 0 and step == self._last:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()

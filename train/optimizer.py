@@ -1,0 +1,113 @@
+"""AdamW with clipping and weight-decay masks, and the learning-rate schedules.
+
+The schedule is a function of the run's step, not of a counter inside the optimizer, so that
+a skipped update does not shift it. Parameter averaging (EMA) is part of the step.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "cosine", "wsd")
+DECAY_MASKS = ("matrices", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) and its schedule.
+
+    Attributes:
+      learning_rate: peak rate.
+      schedule: after the warmup: "constant"; "cosine" down to the final rate; or "wsd"
+        (warmup, stable, linear decay to the final rate over the last ``decay_steps``).
+      warmup_steps: the rate rises linearly from 0 over these steps.
+      decay_steps: length of the decay of "wsd".
+      final_fraction: rate after the last step, as a fraction of the peak.
+      b1, b2, eps, weight_decay: of AdamW; the decay is multiplied by the rate.
+      decay_mask: "matrices" decays parameters with two or more axes, "all" every one.
+      clip_norm: largest global gradient norm; 0 turns clipping off.
+      ema_decay: of the parameter average (with warm-up: at most (1 + step) / (10 + step));
+        0 turns the average off.
+    """
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    decay_steps: int
+    final_fraction: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    decay_mask: str
+    clip_norm: float
+    ema_decay: float
+
+    def __post_init__(self):
+        for name, allowed in (("schedule", SCHEDULES), ("decay_mask", DECAY_MASKS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"optimizer.{name} must be one of {', '.join(allowed)};"
+                    f" got {getattr(self, name)!r}"
+                )
+        fractions = {"b1": self.b1, "b2": self.b2, "ema_decay": self.ema_decay}
+        for name, value in fractions.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name} must be in [0, 1), got {value}")
+        names = ("learning_rate", "warmup_steps", "decay_steps", "final_fraction", "clip_norm")
+        for name in (*names, "weight_decay"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"optimizer.{name} must be finite and not negative, got {value}")
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int):
+    """The learning rate as a function of the step (a traced integer)."""
+    if config.warmup_steps > num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps ({config.warmup_steps}) exceeds num_steps ({num_steps})"
+        )
+    if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps + optimizer.decay_steps"
+            f" ({config.warmup_steps + config.decay_steps}) exceeds num_steps ({num_steps})"
+        )
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = step.astype(jnp.float32)
+        # The first update already moves: its rate is one warmup step above 0.
+        warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        if config.schedule == "constant":
+            shape = jnp.ones(())
+        elif config.schedule == "cosine":
+            length = max(num_steps - config.warmup_steps, 1)
+            done = jnp.clip((step - config.warmup_steps) / length, 0, 1)
+            shape = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        else:
+            start = num_steps - config.decay_steps
+            shape = 1 - jnp.clip((step - start) / max(config.decay_steps, 1), 0, 1)
+        floor = config.final_fraction
+        return config.learning_rate * warmup * (floor + (1 - floor) * shape)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, Adam's direction and weight decay; the step multiplies by -rate."""
+    mask = None
+    if config.decay_mask == "matrices":
+        mask = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask),
+    )
+
+
+def ema_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+    """Decay of the parameter average at a step; small at first, so that it forgets the start."""
+    step = step.astype(jnp.float32)
+    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step))

@@ -1,0 +1,61 @@
+"""The Task: everything the training loop knows about a family, as a record of functions.
+
+Dimensions: B examples in the (micro)batch.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Aux(NamedTuple):
+    """What ``Task.loss`` returns beside the loss.
+
+    Attributes:
+      weight: what the loss sum is divided by, once, after microbatches and devices.
+      extra: the new non-optimised state.
+      metrics: name -> (sum, weight), divided likewise.
+    """
+
+    weight: jax.Array
+    extra: Any
+    metrics: Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One family on one kind of data.
+
+    Sums and weights, never means: the loop divides once. ``keys`` holds one PRNG key per
+    example, so that losses do not depend on microbatches or on the number of devices.
+
+    Attributes:
+      batch_spec: name -> shape and dtype of a global training batch.
+      eval_spec: the same for an evaluation batch.
+      param_axes: pytree like the parameters; leaves are tuples of logical axis names.
+      init: (key) -> (params, extra); extra is checkpointed but not optimised.
+      loss: (params, extra, batch, keys [B]) -> (loss sum, Aux).
+      evaluate: (params, extra, batch, keys [B]) -> {name: (sum, weight)}; a sum may be an
+        array (a curve).
+      train_data: (process_index, process_count) -> a checkpointable iterator of this
+        process's part of each batch, as numpy arrays.
+      eval_data: (index of the batch) -> one global evaluation batch, always the same.
+      sample: (params, extra, key, n) -> samples, or None if the family has none.
+      render: (samples) -> text for people.
+      report: (evaluation means, folder) -> None; writes pictures. None if there are none.
+    """
+
+    batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    eval_spec: Mapping[str, jax.ShapeDtypeStruct]
+    param_axes: Any
+    init: Callable[[jax.Array], tuple[Any, Any]]
+    loss: Callable[..., tuple[jax.Array, Aux]]
+    evaluate: Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
+    train_data: Callable[[int, int], Any]
+    eval_data: Callable[[int], Mapping[str, Any]]
+    sample: Callable[..., Any] | None = None
+    render: Callable[[Any], str] | None = None
+    report: Callable[[Mapping[str, Any], pathlib.Path], None] | None = None

@@ -1,0 +1,25 @@
+"""The tasks: one file per family; each has ``build(config) -> Task``."""
+
+from collections.abc import Callable
+
+from ..config import Config, ConfigError
+from ..task import Task
+from . import word_problem
+
+TASKS: dict[str, Callable[[Config], Task]] = {"word_problem": word_problem.build}
+
+
+def build(config: Config) -> Task:
+    """Builds the task that the config names.
+
+    Raises:
+      ConfigError: if there is no such task, or its part of the config is invalid.
+    """
+    if config.task not in TASKS:
+        raise ConfigError(f"unknown task {config.task!r}; choose one of {', '.join(TASKS)}")
+    try:
+        return TASKS[config.task](config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"invalid config: {error}") from error
