@@ -19,20 +19,25 @@ DType = str | jnp.dtype
 
 
 class Dense(nn.Module):
-    """x @ kernel without a bias; kernel [in, features] with two logical axis names."""
+    """x @ kernel without a bias; kernel [in, features] with two logical axis names.
+
+    ``out_dtype`` is that of the sums and the result; ``dtype`` if None.
+    """
 
     features: int
     axes: tuple[str, str]
     kernel_init: Initializer
     dtype: DType
     param_dtype: DType
+    out_dtype: DType | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., features] in ``dtype``."""
+        """[..., in] -> [..., features] in ``out_dtype``."""
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +91,7 @@ class ShortConv(nn.Module):
     param_dtype: DType
 
     @nn.compact
-    def __call__(self, x_BTD, segments_BT=None, history=None):
+    def __call__(self, x_BTD, segments_BT=None, history=None, end_B=None):
         """Convolves; inputs before the first token come from ``history``.
 
         Args:
@@ -94,9 +99,12 @@ class ShortConv(nn.Module):
           segments_BT: [B, T] numbers that differ between segments, or None. The history
             belongs to the first token's segment.
           history: [B, W-1, D], the last inputs before x (newest last), or None for zeros.
+          end_B: [B] int, how many of the T inputs count for the returned history (what
+            follows is padding); None for all.
 
         Returns:
-          y [B, T, D] and the history after the last token [B, W-1, D].
+          y [B, T, D], and the history after the last token [B, W-1, D]: the last inputs of
+          that token's segment, zeros where the segment is shorter.
         """
         batch, tokens, width_D = x_BTD.shape
         init = nn.with_logical_partitioning(self.kernel_init, ("conv", self.axis_name))
@@ -105,9 +113,12 @@ class ShortConv(nn.Module):
         if history is None:
             history = jnp.zeros((batch, self.width - 1, width_D), self.dtype)
         padded = jnp.concatenate([history.astype(self.dtype), x_BTD.astype(self.dtype)], axis=1)
+        last = _window(padded, end_B, self.width - 1)
         if segments_BT is not None:
             before = ((0, 0), (self.width - 1, 0))
             padded_segments = jnp.pad(segments_BT, before, mode="edge")
+            same = _window(padded_segments, end_B, self.width - 1) == segments_BT[:, -1:]
+            last = jnp.where(same[..., None], last, 0)
         y_BTD = jnp.zeros_like(padded[:, :tokens])
         for i in range(self.width):
             tap_BTD = padded[:, i : i + tokens]
@@ -115,4 +126,12 @@ class ShortConv(nn.Module):
                 same_BT = padded_segments[:, i : i + tokens] == segments_BT
                 tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0)
             y_BTD = y_BTD + kernel_WD[i][None, None] * tap_BTD
-        return y_BTD, padded[:, tokens:]
+        return y_BTD, last
+
+
+def _window(x, start_B, width: int):
+    """``width`` entries of [B, T', ...] along axis 1 from start_B on; the last ones if None."""
+    if start_B is None:
+        return x[:, x.shape[1] - width :]
+    index_BW = start_B[:, None] + jnp.arange(width)[None]
+    return jnp.take_along_axis(x, index_BW.reshape(index_BW.shape + (1,) * (x.ndim - 2)), axis=1)

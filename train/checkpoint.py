@@ -20,7 +20,6 @@ import pathlib
 import shutil
 from typing import Any
 
-from absl import logging as absl_logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -64,14 +63,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{workdir} holds no checkpoints; give the --workdir of a training run"
             )
-        # Orbax writes a page of lines per save at its own levels; errors still come through.
-        absl_logging.get_absl_logger().setLevel(logging.WARNING)
         self._config = config
         self._manager = self._open()
 
     def steps(self) -> list[int]:
         """Saved steps, oldest first; they may be damaged."""
-        return sorted(self._manager.all_steps(read=True))
+        return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Saves the state, the config and the data position under the state's step.

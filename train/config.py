@@ -151,12 +151,22 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for an unknown config key, with the nearest right name."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    last = key.rsplit(".", 1)[-1]
-    near = near or [name for name in known if name.rsplit(".", 1)[-1] == last][:1]
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown config key {key!r}; {hint}"
+    """The message for an unknown config key, with the nearest right name.
+
+    Args:
+      key: as written, dotted.
+      known: all dotted keys.
+    """
+    matches = [""]  # walk down the dots, taking the nearest name at every level
+    for depth, part in enumerate(key.split(".")):
+        below = [name for name in known if depth == 0 or name.startswith(matches[-1] + ".")]
+        level = sorted({".".join(name.split(".")[: depth + 1]) for name in below})
+        near = difflib.get_close_matches(_join(matches[-1], part), level, n=1, cutoff=0.6)
+        if not near:
+            where = f"{matches[-1]!r} has" if matches[-1] else "known keys:"
+            return f"unknown config key {key!r}; {where} {', '.join(level)}"
+        matches.append(near[0])
+    return f"unknown config key {key!r}; did you mean {matches[-1]!r}?"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,13 @@ AttributeError and passes over stray arguments.
 """
 
 from collections.abc import Callable
+import importlib.util
 import logging
 import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging as absl_logging
 import jax
 from ml_collections import config_flags
 import ml_collections
@@ -43,10 +44,7 @@ def launch(main: Callable[[], None]) -> None:
     Other exceptions keep their traceback, except that ``main`` may raise errors with an
     ``exit_code`` attribute, whose message is printed alone.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%X"
-    )
-    logging.getLogger("scanax").setLevel(logging.INFO)
+    _log_to_console()
 
     def run(argv: list[str]) -> None:
         del argv
@@ -75,6 +73,19 @@ def require(**values: str | None) -> None:
 def freeze(config: ml_collections.ConfigDict) -> Config:
     """The validated config of a command line."""
     return from_dict(config.to_dict())
+
+
+def _log_to_console() -> None:
+    """Our messages as they are; the libraries' warnings and errors only."""
+    logger = logging.getLogger("scanax")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for library in ("jax", "orbax", "grain"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -128,8 +139,6 @@ def _check_overrides(argv: list[str]) -> None:
 
 def _load(path: str) -> ml_collections.ConfigDict:
     """Runs a config file's get_config."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("scanax_config_file", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path} is not a Python file")

@@ -92,7 +92,7 @@ def train(
         while True:
             last = step == config.num_steps
             due = bool(config.evaluation.every_steps) and step % config.evaluation.every_steps == 0
-            if last or (due and step > first_step):
+            if last or due:
                 flush()
                 means = evaluate(state.eval_params, state.extra)
                 writers.evaluation(step, means)

@@ -18,8 +18,8 @@ class Writers:
 
     Args:
       workdir: the run's folder.
-      first_step: step at which this process starts. Rows of later steps, written by an
-        earlier process after its last checkpoint, are dropped: they are computed again.
+      first_step: step at which this process starts. Rows that an earlier process wrote
+        after its last checkpoint are dropped: they are computed again.
       num_steps: of the whole run, for the time that is left.
       examples: per step, for the rate.
     """
@@ -92,7 +92,7 @@ class Writers:
 
 
 def _drop_rows_after(path: pathlib.Path, step: int) -> None:
-    """Keeps whole rows up to ``step``; a kill may have cut the last one."""
+    """Keeps whole rows of updates up to ``step``; a kill may have cut the last one."""
     if not path.exists():
         return
     kept = []
@@ -101,7 +101,7 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if row["step"] < step or (row["step"] == step and row["kind"] == "train"):
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

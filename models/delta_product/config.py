@@ -5,6 +5,9 @@ defaults here: ``configs/base.py`` is the one place that declares them.
 """
 
 import dataclasses
+import math
+
+from ...kernels.delta_product.api import IMPLEMENTATIONS
 
 ACTIVATIONS = ("silu", "identity")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -34,7 +37,7 @@ class DeltaProductConfig:
       norm_eps: epsilon of every RMSNorm.
       initializer_range: standard deviation of every initial weight matrix.
       dtype: of the computation. Decay, state and logits are float32 or better.
-      param_dtype: of the parameters.
+      param_dtype: of the parameters; those of the decay are float32 or better.
       remat: recompute each block in the backward instead of storing its activations.
       implementation: of the scan: "auto", or a name that ``delta_product`` knows.
     """
@@ -67,17 +70,26 @@ class DeltaProductConfig:
         for name in (*positive, "num_householder", "conv_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.intermediate_size < 0:
+            raise ValueError(
+                f"model.intermediate_size must be at least 0, got {self.intermediate_size}"
+            )
         if self.num_v_heads < 0 or self.value_heads % self.num_heads:
             raise ValueError(
                 f"model.num_v_heads ({self.num_v_heads}) must be a multiple of model.num_heads"
                 f" ({self.num_heads}), or 0 for the same number"
             )
-        if self.value_dim < 1 or self.head_dim * self.expand_v != self.value_dim:
+        if self.value_dim < 1 or not math.isclose(self.head_dim * self.expand_v, self.value_dim):
             raise ValueError(
                 f"model.head_dim * model.expand_v must be a whole number of at least 1, got"
                 f" {self.head_dim} * {self.expand_v}"
             )
-        choices = {"activation": ACTIVATIONS, "dtype": DTYPES, "param_dtype": DTYPES}
+        choices = {
+            "activation": ACTIVATIONS,
+            "dtype": DTYPES,
+            "param_dtype": DTYPES,
+            "implementation": ("auto", *IMPLEMENTATIONS),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -90,7 +102,7 @@ class DeltaProductConfig:
 
     @property
     def value_dim(self) -> int:
-        return int(self.head_dim * self.expand_v)
+        return round(self.head_dim * self.expand_v)
 
     @property
     def mlp_size(self) -> int:

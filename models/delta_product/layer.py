@@ -8,6 +8,7 @@ convolution and SiLU, q and k normalised to length 1, beta = sigmoid (times 2 if
 eigenvalues are allowed), decay as in Mamba-2, RMSNorm per head, optional output gate.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ L2_EPS = 1e-6  # inside the square root, as in the published layer
 class LayerCache(NamedTuple):
     """What decoding carries from token to token. Convolution entries are None without them."""
 
-    state: jax.Array  # [B, G, K, V] float32
+    state: jax.Array  # [B, G, K, V] float32, or float64 for a float64 model
     conv_q: jax.Array | None  # [B, W-1, H*K], last inputs of the convolution, newest last
     conv_k: jax.Array | None  # [B, W-1, N*H*K]
     conv_v: jax.Array | None  # [B, W-1, N*G*V]
@@ -42,10 +43,13 @@ class DeltaProduct(nn.Module):
 
         Args:
           x_BTD: [B, T, D].
-          mask: [B, T] bool, True for real tokens. Padding leaves the state unchanged and
-            its outputs are 0.
-          segment_ids: [B, T] integers; state and convolution restart where the id changes.
-          cache: continue after earlier tokens; None starts from zeros.
+          mask: [B, T] bool, True for real tokens. Padding leaves the cache unchanged and its
+            outputs are 0. It may stand left of a row's first token or right of the last one
+            of a call; between two tokens it counts as zeros for the convolution.
+          segment_ids: [B, T] integers; state and convolution restart where the id changes
+            from one real token to the next.
+          cache: continue after earlier tokens, in the first token's segment; None starts
+            from zeros.
 
         Returns:
           y [B, T, D], and the cache after the last token.
@@ -55,14 +59,10 @@ class DeltaProduct(nn.Module):
         value_dim = c.value_dim
         if mask is not None:
             x_BTD = jnp.where(mask[..., None], x_BTD, 0)
-        runs_BT = None
-        if segment_ids is not None:  # numbered by change, so that an id may come back
-            changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-            runs_BT = jnp.cumsum(jnp.pad(changed, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-
-        q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, runs_BT, cache)
-        k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, runs_BT, cache)
-        v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, runs_BT, cache)
+        past = (_runs(segment_ids, mask), cache, _end(mask))
+        q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, *past)
+        k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, *past)
+        v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, *past)
         q_BTGK = l2_normalise(q.reshape(*q.shape[:2], heads, c.head_dim))
         k_BTNGK = l2_normalise(k.reshape(*k.shape[:2], steps, heads, c.head_dim))
         v_BTNGV = v.reshape(*v.shape[:2], steps, v_heads, value_dim)
@@ -89,7 +89,7 @@ class DeltaProduct(nn.Module):
             o_BTGV, state = delta_product(
                 *arrays,
                 initial_state=state,
-                segment_ids=runs_BT,
+                segment_ids=past[0],
                 implementation=None if c.implementation == "auto" else c.implementation,
             )
 
@@ -105,7 +105,7 @@ class DeltaProduct(nn.Module):
             y_BTD = jnp.where(mask[..., None], y_BTD, 0)
         return y_BTD, LayerCache(state, conv_q, conv_k, conv_v)
 
-    def _project(self, x_BTD, name: str, features: int, runs_BT, cache: LayerCache | None):
+    def _project(self, x_BTD, name: str, features: int, runs_BT, cache, end_B):
         """Projection, short convolution and activation; with the convolution's history."""
         c = self.config
         x = self._dense(f"{name}_proj", features, "heads")(x_BTD)
@@ -120,7 +120,7 @@ class DeltaProduct(nn.Module):
                 c.param_dtype,
                 name=f"{name}_conv1d",
             )
-            x, history = conv(x, runs_BT, history)
+            x, history = conv(x, runs_BT, history, end_B)
         return (nn.silu(x) if c.activation == "silu" else x), history
 
     def _log_decay(self, x_BTD):
@@ -128,8 +128,9 @@ class DeltaProduct(nn.Module):
         c = self.config
         named = lambda init: nn.with_logical_partitioning(init, ("heads",))
         shape = (c.value_heads,)
-        a_log_G = self.param("A_log", named(_a_log_init), shape, c.param_dtype)
-        dt_bias_G = self.param("dt_bias", named(_dt_bias_init), shape, c.param_dtype)
+        dtype = accumulation_dtype(jnp.dtype(c.param_dtype))
+        a_log_G = self.param("A_log", named(_a_log_init), shape, dtype)
+        dt_bias_G = self.param("dt_bias", named(_dt_bias_init), shape, dtype)
         a_BTG = _at_least_float32(self._dense("a_proj", c.value_heads, "heads")(x_BTD))
         dt_BTG = nn.softplus(a_BTG + _at_least_float32(dt_bias_G)[None, None])
         return -jnp.exp(_at_least_float32(a_log_G))[None, None] * dt_BTG
@@ -148,6 +149,26 @@ def l2_normalise(x: jax.Array) -> jax.Array:
     return wide.astype(x.dtype)
 
 
+def _runs(segment_ids, mask):
+    """[B, T] segments numbered by change, so that an id may come back; None if there are none.
+
+    Padding gets the number of the real token before it, whatever its id.
+    """
+    if segment_ids is None:
+        return None
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    runs_BT = jnp.cumsum(jnp.pad(changed, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return runs_BT if mask is None else jax.lax.cummax(jnp.where(mask, runs_BT, 0), axis=1)
+
+
+def _end(mask):
+    """[B] tokens up to and including the last real one; None without a mask."""
+    if mask is None:
+        return None
+    after_BT = 1 + jnp.broadcast_to(jnp.arange(mask.shape[1])[None], mask.shape)
+    return jnp.max(jnp.where(mask, after_BT, 0), axis=1)
+
+
 def _at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(accumulation_dtype(x.dtype))
 
@@ -160,6 +181,6 @@ def _a_log_init(key, shape, dtype):
 
 def _dt_bias_init(key, shape, dtype):
     """Inverse softplus of a step size drawn log-uniformly from [1e-3, 1e-1]."""
-    log_dt = jax.random.uniform(key, shape, jnp.float32, jnp.log(1e-3), jnp.log(1e-1))
+    log_dt = jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1))
     dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)

@@ -33,13 +33,13 @@ class DeltaProductLM(nn.Module):
 
         Args:
           ids: [B, T] int tokens.
-          mask: [B, T] bool, True for real tokens (left or right padding).
+          mask: [B, T] bool, True for real tokens; see ``DeltaProduct``.
           segment_ids: [B, T] int; documents packed in one row, see ``DeltaProduct``.
           cache: as returned by an earlier call, to continue after its tokens.
 
         Returns:
-          logits [B, T, S] (float32, float64 for float64 parameters) and the cache, one entry
-          per layer.
+          logits [B, T, S] (float32, or float64 if that is ``dtype``), and the cache, one
+          entry per layer.
         """
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
@@ -56,13 +56,15 @@ class DeltaProductLM(nn.Module):
             )
             caches.append(layer_cache)
         x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
+        wide = accumulation_dtype(x_BTD.dtype)
         if c.tie_word_embeddings:
-            logits_BTS = x_BTD @ embedding_SD.T.astype(c.dtype)
+            weight_DS = embedding_SD.T.astype(c.dtype)
+            logits_BTS = jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
         else:
             axes = ("embed", "vocab")
-            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, name="lm_head")
+            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")
             logits_BTS = head(x_BTD)
-        return logits_BTS.astype(accumulation_dtype(logits_BTS.dtype)), tuple(caches)
+        return logits_BTS, tuple(caches)
 
 
 class _Block(nn.Module):

@@ -1,0 +1,80 @@
+"""Runs the command line as a user does, on a word problem small enough for seconds."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "configs/word_problem_s3.py"
+
+# A complete run of about 30k examples per second: the machinery is under test, not the model.
+SMALL = (
+    "--config.num_steps=60",
+    "--config.batch_size=8",
+    "--config.model.hidden_size=16",
+    "--config.model.num_heads=2",
+    "--config.model.head_dim=4",
+    "--config.model.intermediate_size=16",
+    "--config.data.length=8",
+    "--config.data.curriculum_lengths=(4,8)",
+    "--config.data.curriculum_steps=(0,20)",
+    "--config.data.eval_lengths=(8,12)",
+    "--config.optimizer.ema_decay=0.9",
+    "--config.optimizer.warmup_steps=5",
+    "--config.optimizer.schedule=cosine",
+    "--config.optimizer.decay_steps=0",
+    "--config.evaluation.batches=1",
+    "--config.evaluation.batch_size=8",
+    "--config.evaluation.samples=4",
+    "--config.checkpoint.every_steps=20",
+    "--config.log.every_steps=10",
+)
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"scanax.train.{module}", *arguments]
+
+
+def train_command(workdir: pathlib.Path, *overrides: str) -> list[str]:
+    flags = (f"--config={CONFIG}", f"--workdir={workdir}")
+    return command("main", *flags, *SMALL, *overrides)
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+
+
+def run(arguments: list[str], devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs to the end; stdout and stderr together in ``stdout``."""
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=environment(devices),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+
+
+def interrupt(arguments: list[str], after: float, with_signal: signal.Signals) -> int:
+    """Starts a run, sends a signal after some seconds, and returns the exit code.
+
+    The run may have ended before the signal.
+    """
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(with_signal)
+    return process.wait(timeout=120)
