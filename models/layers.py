@@ -55,7 +55,8 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x = x.astype(accumulation_dtype(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale_D.astype(x.dtype)).astype(self.dtype)
+        scale = jnp.expand_dims(scale_D.astype(x.dtype), range(x.ndim - 1))
+        return (x * scale).astype(self.dtype)
 
 
 class SwiGLU(nn.Module):

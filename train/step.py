@@ -110,9 +110,8 @@ def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch,
         return (aux.extra, jax.tree.map(jnp.add, sums, new)), None
 
     parts = microbatches((dict(batch), keys), config.microbatches, mesh)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(value_and_grad, state.params, state.extra, *first)
-    (loss, aux), grads = shapes
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    (loss, aux), grads = jax.eval_shape(value_and_grad, state.params, state.extra, *one)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)),
         (loss, aux.weight, grads, dict(aux.metrics)),

@@ -56,19 +56,19 @@ class Chunk(NamedTuple):
     p_CL: jax.Array  # P
 
 
-def decays(g_C, run_C, entering_run, tokens: int, dtype) -> Decay:
+def decays(g_C, run_C, entering_run, shape: tuple[int, ...], dtype) -> Decay:
     """Decay factors from log decays and run numbers.
 
     Args:
       g_C: [..., C] log decay per token (<= 0), or None for no decay.
       run_C: [..., C] number of state resets so far, counted over the whole row, or None.
       entering_run: [...] the run number of the token before the chunk (with run_C).
-      tokens: C.
+      shape: [..., C], the leading dimensions of the chunk's arrays.
       dtype: of the result.
     """
-    lower_CC = jnp.tril(jnp.ones((tokens, tokens), bool))
-    ones_C = jnp.ones((tokens,), dtype)
-    decay = Decay(lower_CC.astype(dtype), ones_C, ones_C, jnp.ones((), dtype))
+    lower_CC = jnp.tril(jnp.ones((*shape, shape[-1]), bool))
+    ones_C = jnp.ones(shape, dtype)
+    decay = Decay(lower_CC.astype(dtype), ones_C, ones_C, ones_C[..., 0])
     if g_C is not None:
         sum_C = jnp.cumsum(g_C.astype(dtype), axis=-1)
         difference_CC = sum_C[..., :, None] - sum_C[..., None, :]
@@ -119,12 +119,12 @@ def unit_lower_inverse(a_LL: jax.Array) -> jax.Array:
     """
     size = a_LL.shape[-1]
     index = jnp.arange(size)
-    inverse_LL = jnp.eye(size, dtype=a_LL.dtype)
+    inverse_LL = jnp.broadcast_to(jnp.eye(size, dtype=a_LL.dtype), a_LL.shape)
     block = 1
     while block < size:
         joined = index[:, None] // (2 * block) == index[None, :] // (2 * block)
         split = index[:, None] // block != index[None, :] // block
-        added_LL = jnp.where(joined & split, a_LL, 0)
+        added_LL = jnp.where(jnp.broadcast_to(joined & split, a_LL.shape), a_LL, 0)
         if block > 1:  # blocks of 1 have the identity as inverse: nothing to multiply
             added_LL = _einsum("...ij,...jk->...ik", inverse_LL, added_LL)
             added_LL = _einsum("...ij,...jk->...ik", added_LL, inverse_LL)

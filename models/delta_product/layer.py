@@ -59,10 +59,11 @@ class DeltaProduct(nn.Module):
         value_dim = c.value_dim
         if mask is not None:
             x_BTD = jnp.where(mask[..., None], x_BTD, 0)
-        past = (_runs(segment_ids, mask), cache, _end(mask))
-        q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, *past)
-        k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, *past)
-        v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, *past)
+        runs_BT = _runs(segment_ids, mask)
+        place = (runs_BT, cache, _end(mask))
+        q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, *place)
+        k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, *place)
+        v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, *place)
         q_BTGK = l2_normalise(q.reshape(*q.shape[:2], heads, c.head_dim))
         k_BTNGK = l2_normalise(k.reshape(*k.shape[:2], steps, heads, c.head_dim))
         v_BTNGV = v.reshape(*v.shape[:2], steps, v_heads, value_dim)
@@ -89,13 +90,11 @@ class DeltaProduct(nn.Module):
             o_BTGV, state = delta_product(
                 *arrays,
                 initial_state=state,
-                segment_ids=past[0],
+                segment_ids=runs_BT,
                 implementation=None if c.implementation == "auto" else c.implementation,
             )
 
-        o_BTGV = RMSNorm(c.norm_eps, "head_dim", c.dtype, c.param_dtype, name="o_norm")(
-            o_BTGV
-        )
+        o_BTGV = RMSNorm(c.norm_eps, "head_dim", c.dtype, c.param_dtype, name="o_norm")(o_BTGV)
         if c.use_output_gate:
             gate = self._dense("g_proj", v_heads * value_dim, "heads")(x_BTD)
             o_BTGV = o_BTGV * nn.silu(gate).reshape(o_BTGV.shape)

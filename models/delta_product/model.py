@@ -51,9 +51,7 @@ class DeltaProductLM(nn.Module):
         caches = []
         for i in range(c.num_hidden_layers):
             layer_cache = None if cache is None else cache[i]
-            x_BTD, layer_cache = block(c, name=f"layers_{i}")(
-                x_BTD, mask, segment_ids, layer_cache
-            )
+            x_BTD, layer_cache = block(c, name=f"layers_{i}")(x_BTD, mask, segment_ids, layer_cache)
             caches.append(layer_cache)
         x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
         wide = accumulation_dtype(x_BTD.dtype)

@@ -1,0 +1,95 @@
+"""Published checkpoints: their tensors to our modules and parameters, and back.
+
+    tensors = safetensors.numpy.load_file("model.safetensors")
+    module, params = from_torch("fla_delta_product", tensors, config)
+    logits, cache = module.apply({"params": params}, ids)
+
+Files are not read or fetched here, and nothing of torch is imported.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from . import layout
+from .delta_product import DeltaProductLM
+from .delta_product import interop as delta_product
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a family of checkpoints needs.
+
+    Attributes:
+      config: (published config, dtype) -> our config.
+      table: (our config) -> checkpoint name -> ``Leaf``.
+      module: (our config) -> module.
+    """
+
+    config: Callable[[Mapping[str, Any], str], Any]
+    table: Callable[[Any], Mapping[str, layout.Leaf]]
+    module: Callable[[Any], nn.Module]
+
+
+FAMILIES = {
+    "fla_delta_product": Family(
+        delta_product.config_from_fla, delta_product.model_table, DeltaProductLM
+    ),
+}
+
+
+def from_torch(
+    family: str, tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[nn.Module, Any]:
+    """A module and its parameters from a published checkpoint.
+
+    Args:
+      family: a name of ``FAMILIES``.
+      tensors: numpy arrays by checkpoint name.
+      config: the published configuration; keys it leaves out have the published defaults.
+
+    Returns:
+      The module, which computes in the dtype of the checkpoint's largest tensor, and the
+      parameters, each in the dtype of its tensor.
+
+    Raises:
+      ValueError: if the family is unknown, the configuration is not supported, or a tensor is
+        missing, left over or of the wrong shape; the message names it.
+    """
+    entry = _family(family)
+    ours = entry.config(config, _compute_dtype(tensors))
+    return entry.module(ours), layout.load(entry.table(ours), tensors)
+
+
+def to_torch(family: str, params: Any, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of :func:`from_torch`: contiguous arrays by checkpoint name, bitwise equal.
+
+    ``params`` may be any tree of the same form: gradients, or an average of parameters.
+
+    Raises:
+      ValueError: as :func:`from_torch`, about parameters instead of tensors.
+    """
+    entry = _family(family)
+    return layout.dump(entry.table(entry.config(config, DTYPES[0])), params)
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _compute_dtype(tensors: Mapping[str, Any]) -> str:
+    """The dtype of the largest tensor; small ones (decay rates) may be wider."""
+    if not tensors:
+        raise ValueError("the checkpoint has no tensors")
+    name, largest = max(tensors.items(), key=lambda item: np.size(item[1]))
+    dtype = str(np.asarray(largest).dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name} is {dtype}; supported are {', '.join(DTYPES)}")
+    return dtype
