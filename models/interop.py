@@ -15,8 +15,7 @@ import flax.linen as nn
 import numpy as np
 
 from . import layout
-from .delta_product import DeltaProductLM
-from .delta_product import interop as delta_product
+from .delta_product import DeltaProductLM, interop as delta_product
 
 DTYPES = ("float32", "bfloat16", "float64")
 

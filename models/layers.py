@@ -7,6 +7,7 @@ which mesh axis a name is split over is decided in ``scanax.train.mesh``, not he
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,19 @@ from ..kernels.dtypes import accumulation_dtype
 
 Initializer = Callable[..., jax.Array]
 DType = str | jnp.dtype
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: DType,
+) -> jax.Array:
+    """A parameter of ``module`` with a logical axis name per dimension."""
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    return value
 
 
 class Dense(nn.Module):
@@ -34,8 +48,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., features] in ``out_dtype``."""
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         return jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
 
@@ -51,8 +65,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in ``dtype``."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
-        scale_D = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        axes, shape = (self.axis_name,), (x.shape[-1],)
+        scale_D = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
         x = x.astype(accumulation_dtype(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         scale = jnp.expand_dims(scale_D.astype(x.dtype), range(x.ndim - 1))
@@ -108,8 +122,8 @@ class ShortConv(nn.Module):
           that token's segment, zeros where the segment is shorter.
         """
         batch, tokens, width_D = x_BTD.shape
-        init = nn.with_logical_partitioning(self.kernel_init, ("conv", self.axis_name))
-        kernel_WD = self.param("kernel", init, (self.width, width_D), self.param_dtype)
+        axes, shape = ("conv", self.axis_name), (self.width, width_D)
+        kernel_WD = parameter(self, "kernel", self.kernel_init, axes, shape, self.param_dtype)
         kernel_WD = kernel_WD.astype(self.dtype)
         if history is None:
             history = jnp.zeros((batch, self.width - 1, width_D), self.dtype)

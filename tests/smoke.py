@@ -1,13 +1,13 @@
 """A small run of the main job with the Python that runs this file: train, resume, reload.
 
-  python tests/smoke.py FOLDER
+python tests/smoke.py FOLDER
 """
 
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "train"))
-import command  # noqa: E402
+import command
 
 
 def main(folder: pathlib.Path) -> None:

@@ -87,9 +87,11 @@ class Checkpoints:
             "arrays": {name: _describe(tree) for name, tree in items.items()},
         }
         meta["digest"] = _digest(meta)
-        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        arguments["meta"] = ocp.args.JsonSave(meta)
-        if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
+        arguments = ocp.args.Composite(
+            meta=ocp.args.JsonSave(meta),
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        )
+        if not self._manager.save(step, args=arguments, force=True):
             raise CheckpointError(
                 f"step {step} was not saved in {self.folder}: a later step exists there already"
             )

@@ -1,9 +1,7 @@
 """Evaluates a checkpoint; everything else is read from it.
 
-  python -m scanax.train.evaluate --workdir runs/s3 [--step N]
+python -m scanax.train.evaluate --workdir runs/s3 [--step N]
 """
-
-import pathlib
 
 from absl import flags
 import jax
@@ -11,13 +9,12 @@ import jax
 from . import evaluation, flags as flags_lib, run as run_lib
 from .mesh import make_mesh
 
-WORKDIR = flags_lib.define_workdir()
+flags_lib.define_workdir()
 STEP = flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
 
 
 def main() -> None:
-    flags_lib.require(workdir=WORKDIR.value)
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = flags_lib.workdir()
     run = run_lib.load(workdir, STEP.value)
     evaluate = evaluation.make_evaluator(run.task, run.config, make_mesh(run.config.mesh))
     means = evaluate(run.params, run.extra)

@@ -14,8 +14,8 @@ import sys
 
 from absl import app, flags, logging as absl_logging
 import jax
-from ml_collections import config_flags
 import ml_collections
+from ml_collections import config_flags
 
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError, flatten, from_dict, unknown_key
@@ -63,16 +63,20 @@ def launch(main: Callable[[], None]) -> None:
     app.run(run, flags_parser=_parse)
 
 
-def require(**values: str | None) -> None:
-    """Raises a ConfigError for flags that were not given."""
-    for name, value in values.items():
-        if not value:
-            raise ConfigError(f"--{name} is required")
+def workdir() -> pathlib.Path:
+    """The value of --workdir; a ConfigError if it was not given."""
+    value = flags.FLAGS["workdir"].value
+    if not value:
+        raise ConfigError("--workdir is required")
+    return pathlib.Path(value)
 
 
-def freeze(config: ml_collections.ConfigDict) -> Config:
-    """The validated config of a command line."""
-    return from_dict(config.to_dict())
+def config() -> Config:
+    """The validated value of --config with its overrides; a ConfigError if not given."""
+    value = flags.FLAGS["config"].value
+    if value is None:
+        raise ConfigError("--config is required")
+    return from_dict(value.to_dict())
 
 
 def _log_to_console() -> None:

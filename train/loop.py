@@ -97,9 +97,7 @@ def train(
                 means = evaluate(state.eval_params, state.extra)
                 writers.evaluation(step, means)
                 folder = workdir / "eval" / f"{step:08d}"
-                evaluation.write_report(
-                    task, config, folder, means, state.eval_params, state.extra
-                )
+                evaluation.write_report(task, config, folder, means, state.eval_params, state.extra)
                 writers.pause()
             due = step % config.checkpoint.every_steps == 0
             if (due and step > first_step) or last or preemption.received:
@@ -168,9 +166,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> 
 
 def put_local(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
 def _restore(checkpoints: Checkpoints, task: Task, config: Config, shapes, shardings, data):

@@ -1,17 +1,15 @@
 """Trains, or continues, a run: flags and nothing else. The loop is in ``loop.py``.
 
-  python -m scanax.train.main --config configs/word_problem_s3.py --workdir runs/s3
+python -m scanax.train.main --config configs/word_problem_s3.py --workdir runs/s3
 """
-
-import pathlib
 
 from absl import flags
 import jax
 
 from . import dry_run, flags as flags_lib, loop, tasks
 
-CONFIG = flags_lib.define_config()
-WORKDIR = flags_lib.define_workdir()
+flags_lib.define_config()
+flags_lib.define_workdir()
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile for the mesh and print what it costs.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "With --dry_run: a TPU slice that need not be there, for example v5e:4x4."
@@ -25,20 +23,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main() -> None:
-    flags_lib.require(config=flags.FLAGS["config"].value and "given")
-    config = flags_lib.freeze(CONFIG.value)
+    config = flags_lib.config()
     if DRY_RUN.value or TOPOLOGY.value:
         dry_run.dry_run(tasks.build(config), config, TOPOLOGY.value)
         return
-    flags_lib.require(workdir=WORKDIR.value)
+    workdir = flags_lib.workdir()
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    loop.train(
-        tasks.build(config),
-        config,
-        pathlib.Path(WORKDIR.value),
-        allow_config_change=ALLOW_CHANGE.value,
-    )
+    task = tasks.build(config)
+    loop.train(task, config, workdir, allow_config_change=ALLOW_CHANGE.value)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 import signal
 import types
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # 128 + the signal, as shells report it
 
@@ -12,7 +13,7 @@ class Preemption:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
         for number in EXIT_CODES:

@@ -66,8 +66,8 @@ def shapes(task: Task, config: Config) -> TrainState:
     return jax.eval_shape(lambda: create(task, config))
 
 
-def shardings(task: Task, config: Config, mesh: Mesh) -> TrainState:
-    """Shardings of the state: parameters, average and moments alike, the rest replicated."""
+def shardings(task: Task, config: Config, mesh: Mesh) -> Any:
+    """A TrainState of shardings: parameters, average and moments alike, the rest replicated."""
     state = shapes(task, config)
     params = mesh_lib.param_shardings(mesh, state.params, task.param_axes)
     whole = mesh_lib.replicated(mesh)
@@ -78,13 +78,6 @@ def shardings(task: Task, config: Config, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(
-        step=whole,
-        params=params,
-        ema=None if state.ema is None else params,
-        extra=jax.tree.map(lambda _: whole, state.extra),
-        opt_state=moments,
-        key=whole,
-        skipped=whole,
-        bad_steps=whole,
-    )
+    everywhere = jax.tree.map(lambda _: whole, state)
+    ema = None if state.ema is None else params
+    return dataclasses.replace(everywhere, params=params, ema=ema, opt_state=moments)

@@ -115,7 +115,7 @@ def _prepare(inputs: _Inputs) -> list[chunk_lib.Chunk]:
         inputs.g, inputs.run, inputs.entering_run, inputs.q.shape[:-1], inputs.q.dtype
     )
     group = chunk_lib.prepare(inputs.q, inputs.k, inputs.v, inputs.beta, decay)
-    return [jax.tree.map(lambda x: x[m], group) for m in range(inputs.q.shape[0])]
+    return [jax.tree.map(lambda x, m=m: x[m], group) for m in range(inputs.q.shape[0])]
 
 
 def _group(q, k, v, beta, g, run, scale, chunk_size, dtype) -> _Inputs:

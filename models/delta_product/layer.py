@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ...kernels import delta_product, delta_product_step
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, ShortConv
+from ..layers import Dense, RMSNorm, ShortConv, parameter
 from .config import DeltaProductConfig
 
 L2_EPS = 1e-6  # inside the square root, as in the published layer
@@ -83,8 +83,8 @@ class DeltaProduct(nn.Module):
         state = None if cache is None else cache.state
         arrays = (q_BTGK, k_BTNGK, v_BTNGV, beta_BTNG, g_BTG)
         if state is not None and x_BTD.shape[1] == 1 and segment_ids is None:
-            now = jax.tree.map(lambda x: x[:, 0], arrays)
-            o_BGV, state = delta_product_step(*now, state)
+            q, k, v, beta, g = jax.tree.map(lambda x: x[:, 0], arrays)
+            o_BGV, state = delta_product_step(q, k, v, beta, g, state)
             o_BTGV = o_BGV[:, None]
         else:
             o_BTGV, state = delta_product(
@@ -125,11 +125,10 @@ class DeltaProduct(nn.Module):
     def _log_decay(self, x_BTD):
         """g = -exp(A_log) softplus(a + dt_bias): [B, T, G], float32 or better."""
         c = self.config
-        named = lambda init: nn.with_logical_partitioning(init, ("heads",))
-        shape = (c.value_heads,)
+        axes, shape = ("heads",), (c.value_heads,)
         dtype = accumulation_dtype(jnp.dtype(c.param_dtype))
-        a_log_G = self.param("A_log", named(_a_log_init), shape, dtype)
-        dt_bias_G = self.param("dt_bias", named(_dt_bias_init), shape, dtype)
+        a_log_G = parameter(self, "A_log", _a_log_init, axes, shape, dtype)
+        dt_bias_G = parameter(self, "dt_bias", _dt_bias_init, axes, shape, dtype)
         a_BTG = _at_least_float32(self._dense("a_proj", c.value_heads, "heads")(x_BTD))
         dt_BTG = nn.softplus(a_BTG + _at_least_float32(dt_bias_G)[None, None])
         return -jnp.exp(_at_least_float32(a_log_G))[None, None] * dt_BTG

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, SwiGLU
+from ..layers import Dense, RMSNorm, SwiGLU, parameter
 from .config import DeltaProductConfig
 from .layer import DeltaProduct, LayerCache
 
@@ -43,9 +43,8 @@ class DeltaProductLM(nn.Module):
         """
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        named = nn.with_logical_partitioning(init, ("vocab", "embed"))
-        shape = (c.vocab_size, c.hidden_size)
-        embedding_SD = self.param("embeddings", named, shape, c.param_dtype)
+        axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
+        embedding_SD = parameter(self, "embeddings", init, axes, shape, c.param_dtype)
         x_BTD = embedding_SD[ids].astype(c.dtype)
         block = nn.remat(_Block) if c.remat else _Block
         caches = []

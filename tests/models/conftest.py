@@ -24,7 +24,6 @@ def check():
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         assert got.shape == want.shape, name
         error = np.max(np.abs(got - want), initial=0) / np.max(np.abs(want), initial=1e-30)
-        print("ERR", tolerance, name, "%.1e" % error)
         assert error <= tolerance, f"{name}: error {error:.1e} > {tolerance:.0e}"
 
     return check

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.models import interop
-from scanax.models import params as params_lib
+from scanax.models import interop, params as params_lib
 from scanax.models.delta_product.interop import config_from_fla
 
 FAMILY = "fla_delta_product"

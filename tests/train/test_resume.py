@@ -100,7 +100,9 @@ def test_resume_on_another_mesh(undisturbed, tmp_path):
     checkpoints.close()
     for step in steps[1:]:
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    result = command.run(command.train_command(workdir, *OVERRIDES, "--config.mesh.fsdp=2"), devices=4)
+    result = command.run(
+        command.train_command(workdir, *OVERRIDES, "--config.mesh.fsdp=2"), devices=4
+    )
     assert result.returncode == 0, result.stdout
     assert f"continuing from step {steps[0]}" in result.stdout
     losses = [np.asarray([r["loss"] for r in rows(w)]) for w in (workdir, undisturbed)]

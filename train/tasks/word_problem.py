@@ -25,7 +25,6 @@ from ..data import word_problem as words
 from ..data.pipeline import Batches
 from ..task import Aux, Task
 
-
 # Words are keyed by a 64-bit seed; training seeds are below 2^62, so that no word of an
 # evaluation or a sample is drawn with a training key.
 SAMPLE_STREAM, EVAL_STREAM = 2**62, 2**63
