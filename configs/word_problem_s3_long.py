@@ -1,6 +1,6 @@
 """S3 word problem, trained longer and on longer words, for accuracy far beyond the paper's 512.
 
-  python -m scanax.train.main --config configs/word_problem_s3_long.py --workdir runs/s3_long
+python -m scanax.train.main --config configs/word_problem_s3_long.py --workdir runs/s3_long
 """
 
 from scanax.configs import word_problem_s3

@@ -3,6 +3,6 @@
 Read ``loop.py`` first, then ``task.py`` for what a family supplies.
 """
 
-from .run import Run, load
+from .run import Run, load, train
 
-__all__ = ["Run", "load"]
+__all__ = ["Run", "load", "train"]

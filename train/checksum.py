@@ -1,10 +1,10 @@
 """A checksum per array, computed where the array lives and independent of its sharding.
 
 The bits of an array are read as 32-bit words w_i (narrower types are widened one to one);
-the checksum is sum_i w_i m_i modulo 2^32 for two fixed sequences of odd multipliers m_i.
-An odd multiplier is invertible modulo 2^32, so any change confined to one word, a flipped
-bit among them, always changes the sum; changes of several words escape with probability
-about 2^-63. Sums modulo 2^32 are exact in any order, hence the same on every mesh.
+the checksum is sum_i mix(w_i ^ mix(i ^ salt)) modulo 2^32, for two salts. mix is a bijection,
+so any change confined to one word, a flipped bit among them, always changes the sum; changes
+of several words escape with probability about 2^-64. Sums modulo 2^32 are exact in any
+order, hence the same on every mesh.
 """
 
 from typing import Any
@@ -38,8 +38,7 @@ def _checksum(array: jax.Array) -> jax.Array:
         index = index * np.uint32(size % 2**32) + step
     sums = []
     for salt in (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B)):
-        multiplier = _mix(index ^ salt) | np.uint32(1)
-        sums.append(jnp.sum(words * multiplier, dtype=jnp.uint32))
+        sums.append(jnp.sum(_mix(words ^ _mix(index ^ salt)), dtype=jnp.uint32))
     return jnp.stack(sums)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 import types
 from typing import Any
 
@@ -16,6 +17,8 @@ class Preemption:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals
         for number in EXIT_CODES:
             self._previous[number] = signal.signal(number, self._handle)
         return self

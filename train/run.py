@@ -1,13 +1,14 @@
-"""Reloading a finished or running training from its folder, for notebooks and evaluation."""
+"""Training and reloading from Python: what notebooks use, and evaluation."""
 
 import dataclasses
 import pathlib
 from typing import Any
 
-from . import state as state_lib, tasks
+import ml_collections
+
+from . import loop, state as state_lib, tasks
 from .checkpoint import CheckpointError, Checkpoints
 from .config import Config, from_dict
-from .loop import place
 from .task import Task
 
 
@@ -30,6 +31,33 @@ class Run:
     step: int
 
 
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    allow_config_change: bool = False,
+) -> Run:
+    """Trains, or continues what ``workdir`` holds; what ``scanax.train.main`` does.
+
+    Args:
+      config: as a config file's ``get_config`` returns it.
+      workdir: the run's folder.
+      allow_config_change: continue although the config differs from the workdir's.
+
+    Returns:
+      The trained model.
+
+    Raises:
+      ConfigError, CheckpointError, TrainingDiverged: see ``scanax.train.loop.train``.
+    """
+    frozen = from_dict(config.to_dict())
+    task = tasks.build(frozen)
+    state, _ = loop.train(
+        task, frozen, pathlib.Path(workdir), allow_config_change=allow_config_change
+    )
+    return Run(frozen, task, state.eval_params, state.extra, int(state.step))
+
+
 def load(workdir: str | pathlib.Path, step: int | None = None, **mesh: int) -> Run:
     """Loads the newest undamaged checkpoint of a run, or the one of ``step``.
 
@@ -46,7 +74,7 @@ def load(workdir: str | pathlib.Path, step: int | None = None, **mesh: int) -> R
     saved = dict(checkpoints.read_meta(step)[1]["config"])
     config = from_dict({**saved, "mesh": {**dict.fromkeys(saved["mesh"], 1), **mesh}})
     task = tasks.build(config)
-    _, shardings = place(task, config)
+    _, shardings = loop.place(task, config)
     shapes = state_lib.shapes(task, config)
     restored = checkpoints.restore_for_evaluation(shapes, shardings, step)
     checkpoints.close()
