@@ -42,17 +42,22 @@ def test_golden(name, implementation, dtype):
         )
         assert outputs["final_state"].dtype == dtype
     for values, tolerance in zip((outputs, gradients), TOLERANCES[dtype], strict=True):
-        for key, value in values.items():
-            assert error(unpad(key, value), expected[key]) <= tolerance, key
+        for key in values.keys() & expected.keys():
+            assert error(unpad(key, values[key]), expected[key]) <= tolerance, key
 
 
 def value_and_gradients(inputs, cotangents, scale, implementation, name):
-    """Outputs and gradients, named as in the golden files."""
+    """Outputs and gradients, named as in the golden files.
+
+    The scale is multiplied into q here, so that all cases share one program per shape.
+    """
     pull_normalise = None
     if "l2norm" in name:
         (q, k), pull_normalise = jax.vjp(normalise, inputs["q"], inputs["k"])
         inputs = inputs | {"q": q, "k": k}
-    outputs, gradients = program(implementation, scale)(inputs, cotangents)
+    scaled = inputs | {"q": inputs["q"] * scale}
+    outputs, gradients = program(implementation)(scaled, cotangents)
+    gradients = gradients | {"q": gradients["q"] * scale}
     if pull_normalise is not None:
         dq, dk = pull_normalise((gradients["q"], gradients["k"]))
         gradients = gradients | {"q": dq, "k": dk}
@@ -64,12 +69,12 @@ def normalise(*arrays):
 
 
 @functools.cache
-def program(implementation: str, scale: float):
+def program(implementation: str):
     """A compiled function of (inputs, cotangents): outputs and gradients of the inputs."""
 
     @jax.jit
     def run(inputs, cotangents):
-        op = lambda inputs: delta_product(**inputs, scale=scale, implementation=implementation)
+        op = lambda inputs: delta_product(**inputs, scale=1.0, implementation=implementation)
         (o, state), pull = jax.vjp(op, inputs)
         return {"o": o, "final_state": state}, pull(cotangents)[0]
 
@@ -105,10 +110,8 @@ def load(name: str):
         x = np.asarray(x)[tuple(slice(n) for n in source.shape)]
         if lengths is not None and "state" not in key:
             x = np.concatenate([x[i, :n] for i, n in enumerate(lengths)])[None]
-        return x.reshape(golden[key].shape) if key in golden else x
+        return x.reshape(golden[key].shape)
 
-    if "dinitial_state" not in golden:
-        golden["dinitial_state"] = None
     return golden, padded, cotangents, unpad
 
 
@@ -123,8 +126,6 @@ def pad(x, shape):
 
 
 def error(x, reference) -> float:
-    if reference is None:  # not in the golden file
-        return 0.0
     assert x.shape == reference.shape
     return np.max(np.abs(x - reference)) / np.max(np.abs(reference))
 

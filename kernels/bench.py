@@ -1,0 +1,168 @@
+"""Times the implementations of the DeltaProduct scan side by side, in one run.
+
+  python -m scanax.kernels.bench --shapes "4,2048,4,64,64,1;4,2048,4,64,64,2" [--out FILE.json]
+
+A shape is B,T,H,K,V,N. Repetitions of all implementations are interleaved, so that a busy
+machine hurts them alike: quote the ratios, not the times. The GEMM floor is the time that the
+operation's FLOPs would take at the rate of a large float32 matrix product of the same run.
+FLOPs are those of the definition: per token and head 4 K V for each Householder step (read
+and write of the state) and 4 K V for decay and read; backward counted as twice the forward.
+"""
+
+from collections.abc import Callable
+import json
+import statistics
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+
+from . import delta_product
+from .delta_product.api import IMPLEMENTATIONS
+
+SHAPES = flags.DEFINE_string(
+    "shapes", "4,2048,4,64,64,1;4,2048,4,64,64,2", "B,T,H,K,V,N; several separated by ';'."
+)
+GATED = flags.DEFINE_bool("gated", True, "With a log decay per token.")
+REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
+GEMM_SIZE = 2048
+
+Shape = tuple[int, int, int, int, int, int]
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        shapes = [parse_shape(text) for text in SHAPES.value.split(";")]
+    except ValueError as error:
+        raise app.UsageError(f"--shapes: {error}") from error
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
+    rows = [row for shape in shapes for row in benchmark(shape, GATED.value, REPETITIONS.value)]
+    print(table(rows))
+    if OUT.value:
+        with open(OUT.value, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+def parse_shape(text: str) -> Shape:
+    """ "4,2048,4,64,64,1" -> (B, T, H, K, V, N)."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 6 or min(numbers) < 1:
+        raise ValueError(f"{text!r} is not six positive integers B,T,H,K,V,N")
+    batch, tokens, heads, key_dim, value_dim, steps = numbers
+    return batch, tokens, heads, key_dim, value_dim, steps
+
+
+def flops(shape: Shape) -> float:
+    """FLOPs of the forward, by the definition."""
+    batch, tokens, heads, key_dim, value_dim, steps = shape
+    return 4.0 * batch * tokens * heads * key_dim * value_dim * (steps + 1)
+
+
+def benchmark(shape: Shape, gated: bool, repetitions: int) -> list[dict[str, Any]]:
+    """Rows for forward and forward+backward of every implementation at one shape."""
+    arguments = inputs(shape, gated)
+    a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name in IMPLEMENTATIONS:
+        forward, both = functions(name)
+        calls["forward", name] = lambda f=forward: f(*arguments)
+        calls["forward+backward", name] = lambda f=both: f(*arguments)
+    gemm = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    calls["gemm", ""] = lambda: gemm(a)
+
+    compile_seconds = {key: seconds(call) for key, call in calls.items()}
+    times = {key: [] for key in calls}
+    for _ in range(repetitions):
+        for key, call in calls.items():
+            times[key].append(seconds(call))
+    median = {key: statistics.median(values) for key, values in times.items()}
+
+    rate = 2 * GEMM_SIZE**3 / median["gemm", ""]
+    rows = []
+    for (what, name), value in median.items():
+        if what == "gemm":
+            continue
+        work = flops(shape) * (1 if what == "forward" else 3)
+        rows.append(
+            {
+                "shape": list(shape),
+                "gated": gated,
+                "what": what,
+                "implementation": name,
+                "milliseconds": 1e3 * value,
+                "fastest_milliseconds": 1e3 * min(times[what, name]),
+                "compile_seconds": compile_seconds[what, name],
+                "gflops": work / 1e9,
+                "gemm_gflops_per_second": rate / 1e9,
+                "over_floor": value / (work / rate),
+                "reference_over_this": median[what, "reference"] / value,
+            }
+        )
+    return rows
+
+
+def inputs(shape: Shape, gated: bool):
+    """Random q, k (unit length), v, beta in (0, 2), and log decays or None."""
+    batch, tokens, heads, key_dim, value_dim, steps = shape
+    keys = jax.random.split(jax.random.key(0), 5)
+    normal = lambda key, *dims: jax.random.normal(key, (batch, tokens, *dims))
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    q = unit(normal(keys[0], heads, key_dim))
+    k = unit(normal(keys[1], steps, heads, key_dim))
+    v = normal(keys[2], steps, heads, value_dim)
+    beta = 2 * jax.nn.sigmoid(normal(keys[3], steps, heads))
+    g = -0.1 * jax.nn.softplus(normal(keys[4], heads)) if gated else None
+    return q, k, v, beta, g
+
+
+def functions(implementation: str):
+    """Compiled forward, and compiled gradient of sum(o^2) in every argument."""
+
+    def forward(q, k, v, beta, g):
+        return delta_product(q, k, v, beta, g, implementation=implementation)
+
+    def loss(arguments):
+        return jnp.sum(jnp.square(forward(*arguments)[0]))
+
+    gradient = jax.value_and_grad(loss)
+    return jax.jit(forward), jax.jit(lambda *arguments: gradient(arguments))
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| B,T,H,K,V,N | | implementation | GFLOP | ms (fastest) | over GEMM floor"
+        " | reference / this | compile s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (
+            ",".join(map(str, row["shape"])) + ("" if row["gated"] else " ungated"),
+            row["what"],
+            row["implementation"],
+            f"{row['gflops']:.2f}",
+            f"{row['milliseconds']:.1f} ({row['fastest_milliseconds']:.1f})",
+            f"{row['over_floor']:.1f}",
+            f"{row['reference_over_this']:.2f}",
+            f"{row['compile_seconds']:.1f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)
