@@ -1,6 +1,6 @@
 """Draws the accuracy-over-length curves of several runs in one picture.
 
-python -m scanax.train.compare --workdirs runs/a,runs/b --labels "a,b" --out picture.png
+python -m scanax.train.compare --run "two steps=runs/a" --run "one step=runs/b" --out all.png
 """
 
 import pathlib
@@ -11,18 +11,20 @@ import numpy as np
 from . import flags as flags_lib, plots
 from .config import ConfigError
 
-WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of evaluated runs.")
-LABELS = flags.DEFINE_list("labels", [], "A label per folder; the folders' names by default.")
+RUNS = flags.DEFINE_multi_string("run", [], "LABEL=FOLDER of an evaluated run; repeat it.")
 OUT = flags.DEFINE_string("out", "accuracy.png", "The picture to write.")
 TRAINED = flags.DEFINE_integer("trained", 128, "Training length, drawn as a dashed line.")
 
 
 def main() -> None:
-    workdirs = [pathlib.Path(name) for name in WORKDIRS.value]
-    labels = LABELS.value or [workdir.name for workdir in workdirs]
-    if not workdirs or len(labels) != len(workdirs):
-        raise ConfigError("--workdirs needs at least one folder, and --labels as many entries")
-    curves = {label: _curve(w) for label, w in zip(labels, workdirs, strict=True)}
+    curves = {}
+    for entry in RUNS.value:
+        label, equals, folder = entry.rpartition("=")
+        if not equals:
+            raise ConfigError(f"--run {entry!r} should look like LABEL=FOLDER")
+        curves[label] = _curve(pathlib.Path(folder))
+    if not curves:
+        raise ConfigError("--run LABEL=FOLDER is required")
     plots.accuracy_over_length(curves, pathlib.Path(OUT.value), trained=TRAINED.value)
     print(f"written to {OUT.value}")
 

@@ -205,7 +205,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         item = typing.get_args(kind)[0]
         return tuple(_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return dict(value)
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
     if isinstance(value, bool) != (origin is bool) or not isinstance(value, origin):
         raise ConfigError(f"{path} must be of type {origin.__name__}, got {value!r}")
     return value

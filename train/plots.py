@@ -28,5 +28,5 @@ def accuracy_over_length(
     axes.set_ylabel("words with every product right (%)")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=120)

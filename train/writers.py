@@ -7,6 +7,7 @@ import pathlib
 import sys
 import time
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -25,7 +26,8 @@ class Writers:
     """
 
     def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int, examples: int):
-        path = workdir / "metrics.jsonl"
+        index = jax.process_index()
+        path = workdir / (f"metrics.{index}.jsonl" if index else "metrics.jsonl")
         _drop_rows_after(path, first_step)
         self._file = path.open("a")
         self._tensorboard = _tensorboard(workdir)

@@ -75,8 +75,10 @@ def test_missing_workdir_flag(module):
 
 def test_evaluate_and_sample_from_a_checkpoint_alone(tmp_path):
     workdir = tmp_path / "run"
-    trained = command.run(command.train_command(workdir))
+    trained = command.run(command.train_command(workdir, "--config.log.profile_start=10"))
     assert trained.returncode == 0, trained.stdout
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert list((workdir / "tensorboard").glob("events*"))
     evaluated = command.run(command.command("evaluate", f"--workdir={workdir}", "--step=40"))
     assert evaluated.returncode == 0, evaluated.stdout
     assert "sequence_accuracy_12" in evaluated.stdout

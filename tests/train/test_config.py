@@ -1,0 +1,85 @@
+"""Configs: every file builds, its parameters are as recorded, and mistakes are named."""
+
+import importlib.util
+import json
+
+import pytest
+
+from scanax.configs import base
+from scanax.train import mesh as mesh_lib, state as state_lib, tasks
+from scanax.train.config import ConfigError, changes, from_dict, to_dict, unknown_key
+from scanax.train.loop import param_table, place
+
+CONFIGS = ("word_problem_s3", "word_problem_s3_long")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_as_recorded(root, golden, name):
+    """Names, shapes, axes and number of parameters; rewrite the file if a change is meant."""
+    path = root / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = from_dict(module.get_config().to_dict())
+    task = tasks.build(config)
+    shapes = state_lib.shapes(task, config)
+    _, shardings = place(task, config)
+    table = param_table(task, shapes, shardings) + "\n"
+    assert table == (golden / "configs" / f"{name}.txt").read_text()
+
+
+def test_every_config_file_is_tested(root):
+    files = {p.stem for p in (root / "configs").glob("*.py")} - {"__init__", "base"}
+    assert files == set(CONFIGS)
+
+
+def test_json_round_trip():
+    values = base.get_config("word_problem").to_dict()
+    config = from_dict(values)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert not changes(json.loads(json.dumps(to_dict(config))), to_dict(config))
+
+
+def test_changes_name_the_key_but_pass_over_execution():
+    old = base.get_config("word_problem")
+    new = base.get_config("word_problem")
+    new.optimizer.learning_rate = 1.0
+    new.mesh.fsdp = 4
+    new.microbatches = 2
+    new.log.every_steps = 7
+    assert changes(old.to_dict(), new.to_dict()) == ["optimizer.learning_rate: 0.001 -> 1.0"]
+
+
+def test_missing_and_unknown_keys():
+    values = base.get_config("word_problem").to_dict()
+    del values["optimizer"]["b1"]
+    with pytest.raises(ConfigError, match=r"lacks optimizer\.b1"):
+        from_dict(values)
+    values = base.get_config("word_problem").to_dict()
+    values["optimizer"]["lerning_rate"] = 3.0
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer\.learning_rate'"):
+        from_dict(values)
+
+
+def test_types():
+    values = base.get_config("word_problem").to_dict()
+    for key, value in (("num_steps", 1.5), ("num_steps", True), ("optimizer", 3), ("task", 1)):
+        with pytest.raises(ConfigError, match=key):
+            from_dict({**values, key: value})
+    assert from_dict({**values, "seed": 3}).seed == 3
+
+
+def test_nearest_name_at_every_level():
+    known = ["model.hidden_size", "model.num_heads", "optimizer.b1", "seed"]
+    assert "did you mean 'model.num_heads'" in unknown_key("modle.num_head", known)
+    assert "did you mean 'seed'" in unknown_key("sed", known)
+    assert "'model' has model.hidden_size, model.num_heads" in unknown_key("model.zzz", known)
+
+
+def test_mesh_uses_the_devices_that_are_left():
+    config = mesh_lib.MeshConfig(data=-1, fsdp=2, tensor=1, expert=1, sequence=1)
+    assert mesh_lib.make_mesh(config).shape["data"] == 2
+    with pytest.raises(ValueError, match="at most one"):
+        mesh_lib.MeshConfig(data=-1, fsdp=-1, tensor=1, expert=1, sequence=1)
+    with pytest.raises(ValueError, match="does not divide"):
+        mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=3, tensor=1, expert=1, sequence=1))
