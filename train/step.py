@@ -35,8 +35,7 @@ def make_step(
     schedule = make_schedule(config.optimizer, config.num_steps)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.batch_size)
-        loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch, keys)
+        loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         updates = jax.tree.map(lambda d, p: (-rate * d).astype(p.dtype), direction, state.params)
@@ -93,27 +92,32 @@ def microbatches(tree: Any, count: int, mesh: Mesh) -> Any:
 
     def split(x):
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x  # a constraint would count as a use of the keys
         return jax.lax.with_sharding_constraint(x, sharding)
 
     return jax.tree.map(split, tree)
 
 
-def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch, keys):
+def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch):
     """Mean loss, mean gradients in float32 or better, new extra, mean metrics."""
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
     wide = lambda x: x.astype(accumulation_dtype(x.dtype))
 
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def microbatch(extra, batch, index):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, index)  # one per example
+        return value_and_grad(state.params, extra, batch, keys)
+
     def accumulate(carry, inputs):
         extra, sums = carry
-        (loss, aux), grads = value_and_grad(state.params, extra, *inputs)
+        (loss, aux), grads = microbatch(extra, *inputs)
         new = jax.tree.map(wide, (loss, aux.weight, grads, dict(aux.metrics)))
         return (aux.extra, jax.tree.map(jnp.add, sums, new)), None
 
-    parts = microbatches((dict(batch), keys), config.microbatches, mesh)
+    index = jnp.arange(config.batch_size)
+    parts = microbatches((dict(batch), index), config.microbatches, mesh)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    (loss, aux), grads = jax.eval_shape(value_and_grad, state.params, state.extra, *one)
+    (loss, aux), grads = jax.eval_shape(microbatch, state.extra, *one)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)),
         (loss, aux.weight, grads, dict(aux.metrics)),
