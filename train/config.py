@@ -11,7 +11,7 @@ import typing
 from typing import Any
 
 from .mesh import MeshConfig
-from .optimizer import OptimizerConfig
+from .optimizer import OptimizerConfig, check_schedule
 
 # Keys that decide how a run is executed, not what it computes: free to change on resume.
 FREE_ON_RESUME = ("checkpoint", "log", "mesh", "microbatches", "evaluation.every_steps")
@@ -109,6 +109,7 @@ class Config:
                 f"batch_size ({self.batch_size}) must be a multiple of microbatches"
                 f" ({self.microbatches})"
             )
+        check_schedule(self.optimizer, self.num_steps)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -32,6 +32,7 @@ from .task import Task
 from .writers import Writers
 
 logger = logging.getLogger("scanax")
+CONFIG_DRAFT = "config.json.tmp"
 
 
 class TrainingDiverged(RuntimeError):
@@ -65,8 +66,7 @@ def train(
 
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        text = json.dumps(to_dict(config), indent=2) + "\n"
-        (workdir / "config.json").write_text(text)
+        _write_config(workdir, config)
     shapes = state_lib.shapes(task, config)
     logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
 
@@ -147,7 +147,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> 
         raise ConfigError(f"--workdir {workdir} is a file")
     path = workdir / "config.json"
     if not path.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
+        if workdir.is_dir() and any(p.name != CONFIG_DRAFT for p in workdir.iterdir()):
             raise ConfigError(
                 f"--workdir {workdir} is not empty and holds no run; give a new or a run's folder"
             )
@@ -162,6 +162,13 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> 
             f"--workdir {workdir} holds a run with another config ({'; '.join(different[:5])});"
             " give a new --workdir, or --allow_config_change to continue it all the same"
         )
+
+
+def _write_config(workdir: pathlib.Path, config: Config) -> None:
+    """config.json, whole or not at all: a run may be killed at any moment."""
+    draft = workdir / CONFIG_DRAFT
+    draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    draft.replace(workdir / "config.json")
 
 
 def put_local(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]:

@@ -64,17 +64,18 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} must be finite and not negative, got {value}")
 
 
+def check_schedule(config: OptimizerConfig, num_steps: int) -> None:
+    """Raises a ValueError if the schedule's parts do not fit into the run."""
+    parts = {"warmup_steps": config.warmup_steps}
+    if config.schedule == "wsd":
+        parts["decay_steps"] = config.decay_steps
+    if sum(parts.values()) > num_steps:
+        names = " + ".join(f"optimizer.{name} ({value})" for name, value in parts.items())
+        raise ValueError(f"{names} exceeds num_steps ({num_steps})")
+
+
 def make_schedule(config: OptimizerConfig, num_steps: int):
     """The learning rate as a function of the step (a traced integer)."""
-    if config.warmup_steps > num_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps ({config.warmup_steps}) exceeds num_steps ({num_steps})"
-        )
-    if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > num_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps + optimizer.decay_steps"
-            f" ({config.warmup_steps + config.decay_steps}) exceeds num_steps ({num_steps})"
-        )
 
     def schedule(step: jax.Array) -> jax.Array:
         step = step.astype(jnp.float32)

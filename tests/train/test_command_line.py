@@ -22,6 +22,7 @@ MISTAKES = {
     "group name": (["--config.data.group=S9"], "choose one of S3, S4, A5, S5"),
     "curriculum": (["--config.data.curriculum_lengths=(16,999)"], "data.curriculum_lengths"),
     "schedule": (["--config.optimizer.schedule=cosin"], "constant, cosine, wsd"),
+    "warmup": (["--config.optimizer.warmup_steps=99"], "warmup_steps (99) exceeds num_steps (60)"),
     "task": (["--config.task=word_problems"], "unknown task 'word_problems'"),
     "vocabulary": (["--config.model.vocab_size=5"], "smaller than the 13 tokens"),
 }
