@@ -65,7 +65,7 @@ def train(
     check_workdir(workdir, config, allow_config_change)
 
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    if not (workdir / "config.json").exists():
         _write_config(workdir, config)
     shapes = state_lib.shapes(task, config)
     logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
@@ -73,6 +73,7 @@ def train(
     data = task.train_data(jax.process_index(), jax.process_count())
     checkpoints = Checkpoints(workdir, config.checkpoint)
     state, first_step = _restore(checkpoints, task, config, shapes, shardings, data)
+    _write_config(workdir, config)  # a changed config replaces the old one once it has worked
     step_fn = jit_step(make_step(task, config, mesh), shardings, mesh)
     watch = CompilationWatch(step_fn, "the training step")
     evaluate = evaluation.make_evaluator(task, config, mesh)
@@ -90,7 +91,8 @@ def train(
 
     with Preemption() as preemption, contextlib.closing(writers):
         while True:
-            last = step == config.num_steps
+            stop = preemption.received is not None  # read once: a signal may come at any time
+            last = step >= config.num_steps
             due = bool(config.evaluation.every_steps) and step % config.evaluation.every_steps == 0
             if last or due:
                 flush()
@@ -100,10 +102,10 @@ def train(
                 evaluation.write_report(task, config, folder, means, state.eval_params, state.extra)
                 writers.pause()
             due = step % config.checkpoint.every_steps == 0
-            if (due and step > first_step) or last or preemption.received:
+            if (due and step > first_step) or last or stop:
                 flush()
                 checkpoints.save(state, to_dict(config), data.get_state())
-            if last or preemption.received:
+            if last or stop:
                 break
             batch = put_local(next(data), batch_sharding)
             trace.before(step)
@@ -116,7 +118,7 @@ def train(
             writers.advance(step)
         checkpoints.wait()
         checkpoints.close()
-        if preemption.received:
+        if stop:
             preemption.leave(f"step {step} is saved in {workdir}; the same command continues")
     return state, means
 
@@ -166,6 +168,8 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> 
 
 def _write_config(workdir: pathlib.Path, config: Config) -> None:
     """config.json, whole or not at all: a run may be killed at any moment."""
+    if jax.process_index() != 0:
+        return
     draft = workdir / CONFIG_DRAFT
     draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     draft.replace(workdir / "config.json")

@@ -129,6 +129,7 @@ def test_other_data_position_is_refused(finished, tmp_path):
     result = command.run(arguments)
     assert result.returncode == 2, result.stdout
     assert "other data" in result.stdout and "seed: 0 -> 5" in result.stdout
+    assert (workdir / "config.json").read_text() == (finished / "config.json").read_text()
 
 
 def test_nothing_to_load(tmp_path):
