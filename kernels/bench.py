@@ -12,6 +12,7 @@ and write of the state) and 4 K V for decay and read; backward counted as twice 
 from collections.abc import Callable
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -34,18 +35,20 @@ Shape = tuple[int, int, int, int, int, int]
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
         shapes = [parse_shape(text) for text in SHAPES.value.split(";")]
     except ValueError as error:
-        raise app.UsageError(f"--shapes: {error}") from error
+        print(f"error: --shapes: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
     rows = [row for shape in shapes for row in benchmark(shape, GATED.value, REPETITIONS.value)]
     print(table(rows))
     if OUT.value:
         with open(OUT.value, "w") as file:
-            json.dump(rows, file, indent=2)
+            device = jax.devices()[0].device_kind
+            json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
 
 
 def parse_shape(text: str) -> Shape:

@@ -1,5 +1,9 @@
 """The benchmark runs, and its table has the ratios."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from scanax.kernels import bench
@@ -15,6 +19,16 @@ def test_rows_and_table():
         if row["implementation"] == "reference":
             assert row["reference_over_this"] == 1
     assert bench.table(rows).count("\n") == len(rows) + 1
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "scanax.kernels.bench", "--repetitions=1"]
+    out = tmp_path / "bench.json"
+    arguments = ["--shapes=1,5,1,2,2,1", f"--out={out}"]
+    assert "| 1,5,1,2,2,1 |" in subprocess.check_output([*command, *arguments], text=True)
+    assert len(json.loads(out.read_text())["rows"]) == 4
+    wrong = subprocess.run([*command, "--shapes=1,5"], text=True, stderr=subprocess.PIPE)
+    assert wrong.returncode == 2 and "six positive integers" in wrong.stderr
 
 
 def test_flops_of_the_definition():

@@ -71,7 +71,7 @@ def segment_ids(case: Case):
     return jnp.asarray(np.broadcast_to(ids, (batch, tokens)), jnp.int32)
 
 
-def value_and_gradients(case: Case, implementation: str, dtype="float32"):
+def value_and_gradients(case: Case, implementation: str, dtype="float32", inputs=None):
     """o, state, and gradients of a fixed linear function of both, as numpy arrays."""
     ids = segment_ids(case)
 
@@ -89,7 +89,7 @@ def value_and_gradients(case: Case, implementation: str, dtype="float32"):
         cotangents = jax.tree.map(lambda c, x: c.astype(x.dtype), cotangents, outputs)
         return outputs, pull(cotangents)[0]
 
-    return jax.device_get(run(arrays(case, dtype)))
+    return jax.device_get(run(arrays(case, dtype) if inputs is None else inputs))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -114,6 +114,33 @@ def test_packed_rows_equal_separate_rows(implementation):
         o, state = run_forward(part, implementation)
         np.testing.assert_allclose(packed[:, a:b], o, atol=2e-6)
     np.testing.assert_allclose(run_forward(inputs, implementation, ids)[1], state, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_gradients_equal_those_of_separate_rows(implementation):
+    """The initial state belongs to the first segment, the final state to the last."""
+    case = Case((1, 7, 2, 4, 4, 2), gated=True, state=True, segments=(3,))
+    inputs, ids = arrays(case), segment_ids(case)
+    main = {name: inputs[name] for name in ("q", "k", "v", "beta", "g")}
+    state = inputs["initial_state"]
+
+    def forward(main, state, ids=None):
+        q, k, v, beta, g = (main[name] for name in ("q", "k", "v", "beta", "g"))
+        options = {"implementation": implementation, "chunk_size": 4, "initial_state": state}
+        return delta_product(q, k, v, beta, g, segment_ids=ids, **options)
+
+    def packed(main, state):
+        o, final = forward(main, state, ids)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(final**2)
+
+    def separate(main, state):
+        first, _ = forward({k: x[:, :3] for k, x in main.items()}, state)
+        second, final = forward({k: x[:, 3:] for k, x in main.items()}, None)
+        return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.sin(second)) + jnp.sum(final**2)
+
+    actual, expected = (jax.jit(jax.grad(f, (0, 1)))(main, state) for f in (packed, separate))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=5e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -174,6 +201,18 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     rms = lambda x: float(jnp.sqrt(jnp.mean(jnp.square(x))))
     assert rms(o.astype(jnp.float32) - expected) <= 5e-3 * rms(expected)
     assert rms(state - expected_state) <= 5e-3 * rms(expected_state)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_gradients(implementation):
+    case = Case((2, 33, 2, 16, 16, 2))
+    _, gradients = value_and_gradients(case, implementation, "bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), arrays(case, "bfloat16"))
+    _, expected = value_and_gradients(case, "reference", "float32", rounded)
+    for name, tolerance in {"q": 8e-3, "k": 8e-3, "v": 8e-3, "beta": 2e-2}.items():
+        a, e = np.asarray(gradients[name], np.float32), expected[name]
+        assert gradients[name].dtype == jnp.bfloat16
+        assert np.sqrt(np.mean((a - e) ** 2)) <= tolerance * np.sqrt(np.mean(e**2)), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

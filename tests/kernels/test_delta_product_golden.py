@@ -42,7 +42,9 @@ def test_golden(name, implementation, dtype):
         )
         assert outputs["final_state"].dtype == dtype
     for values, tolerance in zip((outputs, gradients), TOLERANCES[dtype], strict=True):
-        for key in values.keys() & expected.keys():
+        for key in values:
+            if key == "dinitial_state" and key not in expected:
+                continue  # the golden has no initial state; zeros stand in for it
             assert error(unpad(key, values[key]), expected[key]) <= tolerance, key
 
 
