@@ -6,6 +6,9 @@ One layer, trained on words of up to 128 elements. The learning rate stays high 
 noise keeps pushing the steps towards exact reflections, which is what carries over to longer
 words, and the average of the parameters removes the noise. With a decaying rate, or a larger
 Adam epsilon, training is smooth, solves length 128 sooner, and generalises worse.
+
+Expected: at least 99 % sequence accuracy at length 128 and 95 % at 512, in two to three minutes
+on two cores (5 of 5 seeds when last measured; the README has the table).
 """
 
 from scanax.configs import base
