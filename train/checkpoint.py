@@ -5,16 +5,18 @@ moments, key, counters) and ``meta``: JSON with the config, the data position, t
 and, per array, shape, dtype and checksum. Evaluation reads only what it needs.
 
 Orbax writes into a temporary folder and renames it, so a killed run leaves whole steps only.
-What it does not notice is a damaged file: bytes may restore to wrong values in silence. So a
-restored array must have the checksum in ``meta``, and ``meta`` must have its own digest. A
-damaged step is reported in one line and moved to ``damaged/``; the one before is taken.
+What it does not notice is a damaged file: bytes may restore to wrong values in silence. So
+``files.sha256`` (in the format of the tool of that name) lists the digest of every file, and is
+checked before anything is read; a restored array must have the checksum in ``meta``, computed
+on the device before it was written. A damaged step is reported in one line and moved to
+``damaged/``; the one before is taken.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import pathlib
 import shutil
@@ -27,6 +29,7 @@ from .checksum import tree_checksums
 from .config import CheckpointConfig
 from .state import TrainState
 
+FILES = "files.sha256"
 PACKAGES = ("scanax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -64,6 +67,7 @@ class Checkpoints:
                 f"{workdir} holds no checkpoints; give the --workdir of a training run"
             )
         self._config = config
+        self._asynchronous = config is not None and config.asynchronous
         self._manager = self._open()
 
     def steps(self) -> list[int]:
@@ -86,7 +90,6 @@ class Checkpoints:
             "versions": _versions(),
             "arrays": {name: _describe(tree) for name, tree in items.items()},
         }
-        meta["digest"] = _digest(meta)
         arguments = ocp.args.Composite(
             meta=ocp.args.JsonSave(meta),
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
@@ -95,6 +98,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {step} was not saved in {self.folder}: a later step exists there already"
             )
+        if not self._asynchronous:
+            self.wait()
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
         """The newest undamaged state, or None if nothing was ever saved.
@@ -108,8 +113,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> Restored:
-            meta = self._meta(step)
             targets, places = _split(shapes), _split(shardings)
+            meta = self._meta(step, targets)
             trees = {
                 name: self._arrays(step, name, meta, targets[name], places[name])
                 for name in targets
@@ -131,7 +136,7 @@ class Checkpoints:
         targets, places = _split(shapes), _split(shardings)
 
         def read(step: int) -> Restored:
-            meta = self._meta(step)
+            meta = self._meta(step, (name, "extra"))
             params, extra = (
                 self._arrays(step, item, meta, targets[item], places[item])
                 if item in targets
@@ -206,22 +211,43 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
-                enable_async_checkpointing=config.asynchronous,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
                 cleanup_tmp_directories=True,
                 create=True,
             )
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def _meta(self, step: int) -> Mapping[str, Any]:
+    def _list_files(self) -> None:
+        """Writes ``FILES``: called by Orbax when all else is written, before the rename."""
+        (folder,) = self.folder.glob("*.orbax-checkpoint-tmp*")  # one save at a time
+        files = sorted(str(p.relative_to(folder)) for p in folder.glob("*/**/*") if p.is_file())
+        lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, files).items()]
+        (folder / FILES).write_text("".join(lines))
+
+    def _check_files(self, step: int, items: Iterable[str]) -> None:
+        """Raises _Damaged unless every listed file of these items is as it was written."""
+        folder = self.folder / str(step)
+        try:
+            lines = (folder / FILES).read_text().splitlines()
+            listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        except (OSError, ValueError) as error:
+            raise _Damaged(f"{FILES} cannot be read: {_first_line(error)}") from error
+        wanted = [name for name in listed if name.split("/")[0] in items]
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing:
+            raise _Damaged(f"{missing[0]} is missing")
+        for name, digest in _digests(folder, wanted).items():
+            if listed[name] != digest:
+                raise _Damaged(f"{name} is not as it was written")
+
+    def _meta(self, step: int, items: Iterable[str] = ()) -> Mapping[str, Any]:
+        """``meta`` of a step, once its files and those of ``items`` are known to be whole."""
+        self._check_files(step, {"meta", *items})
         try:
             composite = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = self._manager.restore(step, args=composite)["meta"]
-            digest = meta.pop("digest")
+            return self._manager.restore(step, args=composite)["meta"]
         except Exception as error:  # Orbax raises five unrelated types for damaged files
             raise _Damaged(f"its metadata is unreadable: {_first_line(error)}") from error
-        if digest != _digest(meta):
-            raise _Damaged("its metadata does not match its digest")
-        return meta
 
     def _arrays(self, step: int, name: str, meta: Mapping[str, Any], shapes, shardings) -> Any:
         saved, wanted = meta["arrays"].get(name, {}), _layout(shapes)
@@ -291,8 +317,15 @@ def _describe(tree: Any) -> dict[str, list]:
     return {key: [*layout, checksums[key]] for key, layout in _layout(tree).items()}
 
 
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time (hashing releases the interpreter's lock)."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def _versions() -> dict[str, str]:

@@ -183,7 +183,7 @@ def test_second_compilation_is_announced(caplog):
 
 
 def rate(step: int, **changes) -> float:
-    c = config(**{f"optimizer.{name}": value for name, value in changes.items()})
+    c = config(num_steps=100, **{f"optimizer.{name}": value for name, value in changes.items()})
     return float(make_schedule(c.optimizer, 100)(jnp.asarray(step)))
 
 
