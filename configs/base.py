@@ -5,7 +5,8 @@ code, and which values are valid, stands with the code that reads them:
 
   Config            train/config.py         DeltaProductConfig  models/delta_product/config.py
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
-  MeshConfig        train/mesh.py           CheckpointConfig    train/checkpoint.py
+  MeshConfig        train/mesh.py           TextConfig          train/data/text.py
+  MLPConfig         models/mlp.py           ImageConfig         train/data/images.py
 
 Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """
@@ -41,7 +42,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
             },
             "evaluation": {
                 "every_steps": 0,  # 0 = at the end only
-                "batches": 4,  # batches per evaluation
+                "batches": 4,  # batches per evaluation, at most; 0 = the whole evaluation set
                 "batch_size": 64,
                 "seed": 1234,  # of the evaluation data and noise
                 "samples": 16,  # samples drawn at the end; 0 = none
@@ -105,5 +106,68 @@ def _word_problem() -> dict:
     }
 
 
-_MODEL = {"word_problem": _delta_product}
-_DATA = {"word_problem": _word_problem}
+def _text() -> dict:
+    return {
+        "source": "embedded",  # embedded, files or tfds
+        "path": "",  # files: a file, glob, folder or place in a zip, relative to SCANAX_DATA
+        "eval_path": "",  # files: evaluation text; empty = hold some of path out
+        "name": "",  # tfds: the dataset
+        "data_dir": "",  # tfds: where it is prepared; empty = TFDS's own default
+        "split": "train",  # tfds
+        "eval_split": "",  # tfds: empty = hold some of split out
+        "text_key": "text",  # tfds: the feature with the text
+        "separator": "",  # files: between the documents of a file; empty = a file is one
+        "clean": "none",  # gutenberg, wikitext, ptb, lm1b or lambada
+        "holdout": "hash",  # hash: whole documents; tail: the end of every document
+        "eval_fraction": 0.1,  # held out, if nothing else is given
+        "tokenizer": "byte",  # byte, char, a tokenizer.json or a folder with GPT-2's files
+        "end_of_document": True,  # put the tokenizer's end token after every document
+        "layout": "blocks",  # packed, blocks, streams, or rows that were prepared
+        "length": 256,  # tokens per row
+        "random_offset": False,  # blocks begin at another offset in every epoch
+        "long_documents": "error",  # packed, longer than a row: error or split
+        "seed": 0,  # of the order
+    }
+
+
+def _images() -> dict:
+    return {
+        "source": "embedded",  # embedded (8 x 8 digits), files or tfds
+        "path": "",  # files: a folder or zip of class folders, or an array file
+        "eval_path": "",  # files: evaluation images; empty = hold some of path out
+        "labels_path": "",  # files: labels of an .npy or idx file
+        "eval_labels_path": "",
+        "name": "",  # tfds: the dataset
+        "data_dir": "",  # tfds: where it is prepared; empty = TFDS's own default
+        "split": "train",  # tfds
+        "eval_split": "",  # tfds: empty = hold some of split out
+        "image_key": "image",  # tfds: the feature; .npz: the array
+        "label_key": "label",  # likewise; empty = no classes
+        "eval_fraction": 0.1,  # held out, if nothing else is given
+        "channels": 3,  # 1 or 3
+        "image_size": 0,  # resize and crop to a square; 0 = as they are
+        "in_memory": True,  # decode once; false = decode when needed, tfds only
+        "flip": False,  # mirror half of the training images
+        "crop_padding": 0,  # pad and crop at random; 0 = none
+        "resized_crop": 0.0,  # smallest area of the random resized crop; 0 = none
+        "rand_augment": 0,  # operations per image; 0 = none
+        "magnitude": 9.0,  # of rand_augment, 0 to 10
+        "erasing": 0.0,  # probability
+        "mixup": 0.0,  # alpha; 0 = none
+        "cutmix": 0.0,  # alpha; 0 = none
+        "label_smoothing": 0.0,
+        "dequantise": False,  # uniform noise within a grey level
+        "seed": 0,  # of the order and the augmentation
+    }
+
+
+def _mlp() -> dict:
+    return {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
+
+
+_MODEL = {
+    "word_problem": _delta_product,
+    "language_model": _delta_product,
+    "image_classification": _mlp,
+}
+_DATA = {"word_problem": _word_problem, "language_model": _text, "image_classification": _images}

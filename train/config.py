@@ -23,7 +23,15 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation: cadence in steps (0 = at the end only), size, seed, samples at the end."""
+    """Evaluation.
+
+    Attributes:
+      every_steps: cadence; 0 is at the end only.
+      batches: at most so many per evaluation; 0 is the whole evaluation set.
+      batch_size: rows of each.
+      seed: of the noise, and of data that is generated.
+      samples: drawn at each evaluation.
+    """
 
     every_steps: int
     batches: int
@@ -32,10 +40,10 @@ class EvaluationConfig:
     samples: int
 
     def __post_init__(self):
-        if self.every_steps < 0 or self.samples < 0 or self.batches < 1 or self.batch_size < 1:
+        if min(self.every_steps, self.samples, self.batches) < 0 or self.batch_size < 1:
             raise ValueError(
-                "evaluation: batches and batch_size must be positive, every_steps and samples"
-                " not negative"
+                "evaluation: batch_size must be positive, every_steps, batches and samples not"
+                " negative"
             )
 
 

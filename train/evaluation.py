@@ -8,6 +8,7 @@ resume and on any mesh.
 from collections.abc import Callable, Mapping
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -34,12 +35,15 @@ def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any
 
     def evaluate(params: Any, extra: Any) -> Means:
         total = None
-        for index in range(config.evaluation.batches):
-            batch = put_global(task.eval_data(index), batch_sharding)
+        for index in range(config.evaluation.batches or sys.maxsize):
+            local = task.eval_data(index)
+            if local is None:
+                break
+            batch = put_global(local, batch_sharding)
             values = jax.device_get(compiled(params, extra, batch, np.int32(index)))
             values = jax.tree.map(lambda x: np.asarray(x, np.float64), values)
             total = values if total is None else jax.tree.map(np.add, total, values)
-        assert total is not None  # the config asks for at least one batch
+        assert total is not None  # there is at least one batch
         return {name: value / weight for name, (value, weight) in total.items()}
 
     return evaluate

@@ -5,7 +5,8 @@ compiled or written. It wraps ``config_flags``, which reports a mistyped key as 
 AttributeError and passes over stray arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 import importlib.util
 import logging
 import os
@@ -19,8 +20,9 @@ from ml_collections import config_flags
 
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError, flatten, from_dict, unknown_key
+from .data.pipeline import DataError
 
-USER_ERRORS = (ConfigError, CheckpointError, flags.Error)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, flags.Error)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
     os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache/scanax/jax")),
@@ -38,8 +40,10 @@ def define_workdir():
     return flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, pictures.")
 
 
-def launch(main: Callable[[], None]) -> None:
+def launch(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
     """Parses the command line and runs ``main``; exit code 2 for a user's mistake.
+
+    With ``commands``, the first argument must be one of them, and ``main`` is called with it.
 
     Other exceptions keep their traceback, except that ``main`` may raise errors with an
     ``exit_code`` attribute, whose message is printed alone.
@@ -47,12 +51,11 @@ def launch(main: Callable[[], None]) -> None:
     _log_to_console()
 
     def run(argv: list[str]) -> None:
-        del argv
         try:
             if CACHE.value:
                 jax.config.update("jax_compilation_cache_dir", CACHE.value)
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-            main()
+            main(*argv[1:])
         except USER_ERRORS as error:
             _fail(error, 2)
         except RuntimeError as error:
@@ -60,7 +63,7 @@ def launch(main: Callable[[], None]) -> None:
                 raise
             _fail(error, error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
 
-    app.run(run, flags_parser=_parse)
+    app.run(run, flags_parser=functools.partial(_parse, commands))
 
 
 def workdir() -> pathlib.Path:
@@ -92,14 +95,16 @@ def _log_to_console() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(commands: Sequence[str], argv: list[str]) -> list[str]:
     try:
         app.define_help_flags()
         _check_overrides(argv)
         left = flags.FLAGS(argv)
-        if len(left) > 1:
+        if commands and (len(left) < 2 or left[1] not in commands):
+            raise ConfigError(f"the first argument must be one of {', '.join(commands)}")
+        if len(left) > (2 if commands else 1):
             raise ConfigError(
-                f"unexpected argument {left[1]!r}; write --flag=value (--config.key=false for a"
+                f"unexpected argument {left[-1]!r}; write --flag=value (--config.key=false for a"
                 " switch)"
             )
         app.parse_flags_with_usage(argv[:1])  # prints and exits for --help

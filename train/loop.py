@@ -22,9 +22,10 @@ import jax
 import numpy as np
 
 from . import evaluation, mesh as mesh_lib, state as state_lib
-from .checkpoint import CheckpointError, Checkpoints
+from .checkpoint import CheckpointError, Checkpoints, Restored
 from .compilations import CompilationWatch
 from .config import Config, ConfigError, changes, to_dict
+from .data.pipeline import DataChanged
 from .preemption import Preemption
 from .state import TrainState
 from .step import jit_step, make_step
@@ -42,7 +43,12 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(
-    task: Task, config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False
+    task: Task,
+    config: Config,
+    workdir: pathlib.Path,
+    *,
+    allow_config_change: bool = False,
+    allow_data_change: bool = False,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains, or continues what ``workdir`` holds.
 
@@ -51,18 +57,21 @@ def train(
       config: the run; must be the one that the workdir was started with.
       workdir: gets config.json, metrics.jsonl, checkpoints/, and eval/<step>/.
       allow_config_change: continue although the config differs from the workdir's.
+      allow_data_change: continue at the same batch number although the data is another.
 
     Returns:
       The final state and the last evaluation's means.
 
     Raises:
       ConfigError: if config, mesh and workdir do not fit; nothing is written then.
+      DataError: if the data cannot be read; before anything is written if that can be known.
       CheckpointError: if no checkpoint in the workdir can be trusted.
       TrainingDiverged: after ``max_bad_steps`` non-finite updates in a row.
       SystemExit: after a SIGTERM or Ctrl-C, once the state is saved.
     """
     mesh, shardings = place(task, config)
     check_workdir(workdir, config, allow_config_change)
+    data = task.train_data(jax.process_index(), jax.process_count())
 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
@@ -70,9 +79,11 @@ def train(
     shapes = state_lib.shapes(task, config)
     logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
 
-    data = task.train_data(jax.process_index(), jax.process_count())
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    state, first_step = _restore(checkpoints, task, config, shapes, shardings, data)
+    restored = checkpoints.restore(shapes, shardings)
+    if restored is not None:
+        _continue(data, restored, allow_data_change)
+    state, first_step = _start(task, config, shardings, restored)
     _write_config(workdir, config)  # a changed config replaces the old one once it has worked
     step_fn = jit_step(make_step(task, config, mesh), shardings, mesh)
     watch = CompilationWatch(step_fn, "the training step")
@@ -180,20 +191,27 @@ def put_local(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def _restore(checkpoints: Checkpoints, task: Task, config: Config, shapes, shardings, data):
-    restored = checkpoints.restore(shapes, shardings)
-    if restored is None:
-        start = time.perf_counter()
-        state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
-        jax.block_until_ready(state.step)
-        logger.info("parameters initialised in %.1f s", time.perf_counter() - start)
-        return state, 0
+def _continue(data, restored: Restored, allow_data_change: bool) -> None:
+    """Sets the data to the checkpoint's position."""
     try:
-        data.set_state(restored.meta["data"])
-    except ValueError as error:
-        raise CheckpointError(f"{error}. Start in a new --workdir") from error
+        data.set_state(restored.meta["data"], allow_data_change)
+    except DataChanged as error:
+        raise CheckpointError(
+            f"{error}. Start in a new --workdir, or give --allow_data_change to continue at the"
+            " same batch number"
+        ) from error
     logger.info("continuing from step %d", restored.step)
-    return restored.value, restored.step
+
+
+def _start(task: Task, config: Config, shardings: TrainState, restored: Restored | None):
+    """The state to start from and its step."""
+    if restored is not None:
+        return restored.value, restored.step
+    start = time.perf_counter()
+    state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
+    jax.block_until_ready(state.step)
+    logger.info("parameters initialised in %.1f s", time.perf_counter() - start)
+    return state, 0
 
 
 def _log(writers, config: Config, shapes, step: int, metrics: Any, compilations: int, checkpoints):

@@ -17,6 +17,9 @@ TOPOLOGY = flags.DEFINE_string(
 ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Continue a run although its config differs."
 )
+ALLOW_DATA = flags.DEFINE_bool(
+    "allow_data_change", False, "Continue a run at the same batch number although its data differs."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Call jax.distributed.initialize first: one process per host."
 )
@@ -31,7 +34,13 @@ def main() -> None:
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     task = tasks.build(config)
-    loop.train(task, config, workdir, allow_config_change=ALLOW_CHANGE.value)
+    loop.train(
+        task,
+        config,
+        workdir,
+        allow_config_change=ALLOW_CHANGE.value,
+        allow_data_change=ALLOW_DATA.value,
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "heads": "tensor",  # heads times their width
     "mlp": "tensor",  # feed-forward width
     "vocab": "tensor",
+    "classes": None,
+    "pixels": None,
     "head_dim": None,
     "conv": None,
 }

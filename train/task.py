@@ -42,7 +42,8 @@ class Task:
         array (a curve).
       train_data: (process_index, process_count) -> a checkpointable iterator of this
         process's part of each batch, as numpy arrays.
-      eval_data: (index of the batch) -> one global evaluation batch, always the same.
+      eval_data: (index of the batch) -> one global evaluation batch, always the same; None
+        after the last one.
       sample: (params, extra, key, n) -> samples, or None if the family has none.
       render: (samples) -> text for people.
       report: (evaluation means, folder) -> None; writes pictures. None if there are none.
@@ -55,7 +56,7 @@ class Task:
     loss: Callable[..., tuple[jax.Array, Aux]]
     evaluate: Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
     train_data: Callable[[int, int], Any]
-    eval_data: Callable[[int], Mapping[str, Any]]
+    eval_data: Callable[[int], Mapping[str, Any] | None]
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str] | None = None
     report: Callable[[Mapping[str, Any], pathlib.Path], None] | None = None

@@ -75,8 +75,13 @@ class WordProblems:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Row ``index``: ids, labels, segments, each [T] int32."""
+    def batch(self, records: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows ``records`` [R]: ids, labels, segments, each [R, T] int32."""
+        del draws  # a row has no noise beyond its index
+        rows = [self._row(index) for index in records.tolist()]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, index: int) -> dict[str, np.ndarray]:
         length = self.word_length(index // self.batch_size)
         position = np.arange(self.tokens, dtype=np.int32)
         key = np.asarray([self.seed, index], np.uint64)
@@ -100,9 +105,3 @@ class WordProblems:
             accumulated = 0 if token == bos else product[accumulated][token]
             labels.append(bos if token == bos else accumulated)
         return np.asarray(labels, np.int32)
-
-
-def stack(source: WordProblems, start: int, count: int) -> dict[str, np.ndarray]:
-    """Rows start .. start + count - 1 as one batch of [count, T] arrays."""
-    rows = [source[i] for i in range(start, start + count)]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

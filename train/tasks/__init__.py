@@ -4,9 +4,13 @@ from collections.abc import Callable
 
 from ..config import Config, ConfigError
 from ..task import Task
-from . import word_problem
+from . import image_classification, language_model, word_problem
 
-TASKS: dict[str, Callable[[Config], Task]] = {"word_problem": word_problem.build}
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "word_problem": word_problem.build,
+    "language_model": language_model.build,
+    "image_classification": image_classification.build,
+}
 
 
 def build(config: Config) -> Task:

@@ -22,7 +22,7 @@ from ...models.delta_product.groups import group
 from .. import plots
 from ..config import Config, build as build_part
 from ..data import word_problem as words
-from ..data.pipeline import Batches
+from ..data.pipeline import Batches, eval_batch
 from ..task import Aux, Task
 
 # Words are keyed by a 64-bit seed; training seeds are below 2^62, so that no word of an
@@ -60,6 +60,8 @@ class WordProblemConfig:
 def build(config: Config) -> Task:
     """The task: a DeltaProduct language model on words over ``config.data.group``."""
     data: WordProblemConfig = build_part(WordProblemConfig, config.data, "data")
+    if not config.evaluation.batches:
+        raise ValueError("evaluation.batches must be at least 1: words never end")
     vocab = words.vocab_size(group(data.group))
     model: DeltaProductConfig = build_part(
         DeltaProductConfig,
@@ -114,7 +116,8 @@ def build(config: Config) -> Task:
         """Fresh words with the model's predictions: ids, labels, predictions [n, T]."""
         del extra
         seed = int(jax.random.bits(key, dtype=jnp.uint32)) + SAMPLE_STREAM
-        batch = words.stack(words.WordProblems(data.group, seed, max(data.eval_lengths)), 0, n)
+        fresh = words.WordProblems(data.group, seed, max(data.eval_lengths))
+        batch = fresh.batch(np.arange(n), np.arange(n))
         logits_BTS, _ = jax.jit(module.apply)({"params": params}, batch["ids"])
         predictions = np.asarray(jnp.argmax(logits_BTS, axis=-1))
         return {"ids": batch["ids"], "labels": batch["labels"], "predictions": predictions}
@@ -135,7 +138,7 @@ def build(config: Config) -> Task:
         loss=loss,
         evaluate=evaluate,
         train_data=lambda index, count: Batches(train_words, config.batch_size, index, count),
-        eval_data=lambda i: words.stack(eval_words, i * eval_size, eval_size),
+        eval_data=lambda index: eval_batch(eval_words, eval_size, index),
         sample=sample,
         render=render,
         report=report,

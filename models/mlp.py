@@ -1,0 +1,56 @@
+"""A multilayer perceptron on pixels: the plain baseline of image classification.
+
+Dimensions: B batch, H height, W width, C channels, D hidden.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .layers import Dense, RMSNorm, SwiGLU
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of the perceptron.
+
+    Attributes:
+      num_classes: outputs.
+      hidden_size: width of the residual stream.
+      num_hidden_layers: SwiGLU blocks.
+      intermediate_size: width inside a block.
+    """
+
+    num_classes: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"model.{field.name} must be at least 1, got {getattr(self, field.name)}"
+                )
+
+
+class MLP(nn.Module):
+    """Flattened pixels, residual SwiGLU blocks with pre-RMSNorm, a linear head; float32."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] float32 -> logits [B, num_classes] float32."""
+        c = self.config
+        init = nn.initializers.lecun_normal()
+        dense = lambda size, axes, name: Dense(size, axes, init, "float32", "float32", name=name)
+        norm = lambda name: RMSNorm(1e-6, "embed", "float32", "float32", name=name)
+        x_BD = jnp.reshape(images, (images.shape[0], -1))
+        x_BD = dense(c.hidden_size, ("pixels", "embed"), "embed")(x_BD)
+        for i in range(c.num_hidden_layers):
+            mlp = SwiGLU(c.intermediate_size, init, "float32", "float32", name=f"mlp_{i}")
+            x_BD = x_BD + mlp(norm(f"norm_{i}")(x_BD))
+        return dense(c.num_classes, ("embed", "classes"), "head")(norm("norm")(x_BD))

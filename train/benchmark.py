@@ -1,0 +1,89 @@
+"""Measures a config's throughput: the data alone, and the training step with and without it.
+
+  python -m scanax.train.benchmark --config configs/lm_embedded.py [--data_only] [--steps 50]
+
+The data alone is timed with a consumer that does nothing. The share of a step spent waiting
+is the time in ``next(data)`` over the whole time of the steps, while batches are prepared in
+the background as in training. Nothing is written.
+"""
+
+import json
+import time
+
+from absl import flags
+import jax
+import numpy as np
+
+from . import flags as flags_lib, loop, mesh as mesh_lib, state as state_lib, tasks
+from .config import Config
+from .step import jit_step, make_step
+from .task import Task
+
+flags_lib.define_config()
+DATA_ONLY = flags.DEFINE_bool("data_only", False, "Only what concerns the data.")
+STEPS = flags.DEFINE_integer("steps", 50, "Batches and steps to time.", lower_bound=1)
+WARM_UP = 5  # batches and steps before the clock starts: threads, caches, compilation
+
+
+def data_alone(task: Task, config: Config, steps: int) -> dict[str, float]:
+    """Milliseconds per batch, examples/s and microseconds per example of the training data."""
+    data = task.train_data(0, 1)
+    for _ in range(WARM_UP):
+        next(data)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(data)
+    seconds = (time.perf_counter() - start) / steps
+    return {
+        "batch_ms": seconds * 1e3,
+        "examples_per_s": config.batch_size / seconds,
+        "us_per_example": seconds / config.batch_size * 1e6,
+    }
+
+
+def training(task: Task, config: Config, steps: int) -> dict[str, float]:
+    """Milliseconds per step, and the share of them spent waiting for data."""
+    mesh, shardings = loop.place(task, config)
+    state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
+    step = jit_step(make_step(task, config, mesh), shardings, mesh)
+    sharding = mesh_lib.batch_sharding(mesh)
+    data = task.train_data(0, 1)
+    waited, start, metrics = 0.0, 0.0, None
+    for i in range(WARM_UP + steps):
+        if i == WARM_UP:
+            jax.block_until_ready(metrics)
+            waited, start = 0.0, time.perf_counter()
+        before = time.perf_counter()
+        batch = next(data)
+        waited += time.perf_counter() - before
+        previous = metrics
+        state, metrics = step(state, loop.put_local(batch, sharding))
+        jax.block_until_ready(previous)  # as the loop does: one step behind
+    jax.block_until_ready(metrics)
+    seconds = (time.perf_counter() - start) / steps
+    tokens = int(np.prod(next(iter(task.batch_spec.values())).shape))
+    return {
+        "step_ms": seconds * 1e3,
+        "examples_per_s": config.batch_size / seconds,
+        "elements_per_s": tokens / seconds,
+        "waiting_for_data": waited / steps / seconds,
+    }
+
+
+def main() -> None:
+    config = flags_lib.config()
+    task = tasks.build(config)
+    results = {"data": data_alone(task, config, STEPS.value)}
+    trained = training(task, config, STEPS.value)
+    if DATA_ONLY.value:
+        results["data"]["waiting_share_of_step"] = trained["waiting_for_data"]
+    else:
+        results["training"] = trained
+    for part, values in results.items():
+        for name, value in values.items():
+            print(f"{part:9} {name:22} {value:12.4g}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    flags_lib.launch(main)
