@@ -5,6 +5,8 @@ alone is the same for any batch size, number of processes and thread order, and 
 resume; a generator object per example would cost more than the augmentation it feeds.
 """
 
+import functools
+
 import numpy as np
 
 
@@ -25,6 +27,7 @@ def uniform(seed: int, draws: np.ndarray, count: int) -> np.ndarray:
     return (bits_BC >> np.uint64(11)) * 2.0**-53
 
 
+@functools.lru_cache
 def stream(seed: int, name: str) -> int:
     """A seed of its own for a purpose, e.g. ``stream(config.seed, "crop")``."""
     value = np.asarray([seed % 2**64], np.uint64)
@@ -54,12 +57,12 @@ def permute(places: np.ndarray, length: int, seed: int, epochs: np.ndarray) -> n
     left_mask, right_mask = (np.uint64(mask) for mask in masks)
     keys = _mix(_mix(np.uint64(seed % 2**64) * _ODD + _GOLDEN) + epochs.astype(np.uint64))
     values, todo = places.astype(np.uint64), np.arange(len(places))
-    rounds = 4 + 32 // max(bits, 1)  # pairs; small domains mix slowly
+    rounds = 3 + 32 // max(bits, 1)  # pairs; small domains mix slowly
     while len(todo):
         left, right, key = values[todo] >> low, values[todo] & right_mask, keys[todo]
-        for number in range(0, 2 * rounds, 2):
-            left ^= _mix(right + (key + _GOLDEN * np.uint64(number))) & left_mask
-            right ^= _mix(left + (key + _GOLDEN * np.uint64(number + 1))) & right_mask
+        for number in _NUMBERS[: 2 * rounds : 2]:
+            left ^= _scatter(right + key + number) & left_mask
+            right ^= _scatter(left + key + number + _NUMBERS[1]) & right_mask
         values[todo] = (left << low) | right
         todo = todo[values[todo] >= length]
     return values.astype(np.int64)
@@ -67,7 +70,15 @@ def permute(places: np.ndarray, length: int, seed: int, epochs: np.ndarray) -> n
 
 # Arrays of one element: numpy warns of wrapping scalars, not of wrapping arrays.
 _GOLDEN = np.asarray([0x9E3779B97F4A7C15], np.uint64)
+_SHIFT = np.uint64(32)
+_NUMBERS = [np.uint64(number) for number in range(100)]
 _ODD = np.asarray([0xD1342543DE82EF95], np.uint64)
+
+
+def _scatter(x: np.ndarray) -> np.ndarray:
+    """A cheap round function on uint64: the upper bits of a product depend on all lower ones."""
+    x = x * _GOLDEN
+    return ((x ^ (x >> _SHIFT)) * _ODD) >> _SHIFT
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

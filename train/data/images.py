@@ -8,7 +8,6 @@ Images stay uint8 in memory, or compressed in ArrayRecord if ``in_memory`` is of
 """
 
 from collections.abc import Mapping, Sequence
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from . import augment, draws as draws_lib, embedded, files, prepared
 from .pipeline import Batch, Batches, DataError, eval_batch, order
@@ -316,9 +316,9 @@ def _read_files(
                 f"data.path {path}: class folder {name!r} holds one image; a class needs at least"
                 " two, one of them to evaluate on: add images or remove the folder"
             )
-    decode = lambda file: _fit(files.decode_image(file, c.channels), c, file.name)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        images = _stack(list(pool.map(decode, found)), path)
+    shown = tqdm(found, desc=path, unit="image", disable=None, leave=False)
+    decoded = [_fit(files.decode_image(file, c.channels), c, file.name) for file in shown]
+    images = _stack(decoded, path)
     numbers = {name: i for i, name in enumerate(classes)}
     logger.info("%s: %s images of %d classes", path, f"{len(images):,}", len(classes))
     return images, np.asarray([numbers[name] for name in names], np.int32), classes

@@ -8,6 +8,7 @@ any number of processes.
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Any, Protocol
 
 import grain
@@ -17,6 +18,7 @@ from . import draws as draws_lib
 
 ENDLESS = 1 << 40  # length of a source that generates its examples
 IGNORE = -1  # label of what is not predicted
+_CHUNK = 4096
 Batch = Mapping[str, np.ndarray]
 
 
@@ -113,9 +115,20 @@ class Batches:
 
 def order(length: int, seed: int | None, draws: np.ndarray) -> np.ndarray:
     """Records of examples ``draws`` [R] of the run -> [R] int64."""
-    epochs, places = np.divmod(draws, length)
     if seed is None:
-        return places
+        return draws % length
+    chunks, places = np.divmod(draws, _CHUNK)
+    found = np.empty_like(draws)
+    for chunk in np.unique(chunks).tolist():
+        here = chunks == chunk
+        found[here] = _chunk(length, seed, chunk)[places[here]]
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _chunk(length: int, seed: int, chunk: int) -> np.ndarray:
+    """The order of _CHUNK examples at once, which costs little more than that of one."""
+    epochs, places = np.divmod(chunk * _CHUNK + np.arange(_CHUNK), length)
     return draws_lib.permute(places, length, seed, epochs)
 
 

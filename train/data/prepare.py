@@ -151,7 +151,8 @@ def _features(plan: Plan, tokenizer: tokenizers.Tokenizer | None) -> tuple[Any, 
     if tokenizer is None:
         return tfds.features.FeaturesDict({"text": tfds.features.Text()}), {}
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    row = tfds.features.Tensor(shape=(plan.length + 1,), dtype=kind)
+    encoding = tfds.features.Encoding.BYTES  # read ten times as fast as a list of numbers
+    row = tfds.features.Tensor(shape=(plan.length + 1,), dtype=kind, encoding=encoding)
     return tfds.features.FeaturesDict({"ids": row}), {"tokenizer": tokenizer.identity}
 
 

@@ -4,6 +4,7 @@ Dimensions: B examples, H height, W width, C channels, K classes.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,13 @@ def build(config: Config) -> Task:
     def init(key: jax.Array):
         return params_lib.initialise(module, key, example), {}
 
+    def classify(params, images) -> jax.Array:
+        logits_BK: Any = module.apply({"params": params}, images)
+        return logits_BK
+
     def loss(params, extra, batch, keys):
         del keys  # the augmentation is the data's
-        logits_BK = module.apply({"params": params}, batch["images"])
+        logits_BK = classify(params, batch["images"])
         targets_BK = batch.get("targets", jax.nn.one_hot(batch["labels"], classes))
         loss_B = optax.softmax_cross_entropy(logits_BK, targets_BK)
         weight = jnp.asarray(loss_B.size, jnp.float32)
@@ -42,7 +47,7 @@ def build(config: Config) -> Task:
 
     def evaluate(params, extra, batch, keys):
         del extra, keys
-        logits_BK = module.apply({"params": params}, batch["images"])
+        logits_BK = classify(params, batch["images"])
         real_B = batch["labels"] != IGNORE
         labels_B = jnp.where(real_B, batch["labels"], 0)
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B)
