@@ -147,6 +147,7 @@ def _images() -> dict:
         "channels": 3,  # 1 or 3
         "image_size": 0,  # resize and crop to a square; 0 = as they are
         "in_memory": True,  # decode once; false = decode when needed, tfds only
+        "threads": 1,  # batches made at the same time
         "flip": False,  # mirror half of the training images
         "crop_padding": 0,  # pad and crop at random; 0 = none
         "resized_crop": 0.0,  # smallest area of the random resized crop; 0 = none

@@ -1,6 +1,8 @@
 """Handwritten digits of 8 x 8 pixels, a perceptron: tries the image pipeline in seconds.
 
 python -m scanax.train.main --config configs/digits_mlp.py --workdir runs/digits
+
+Expected: about 98 % of the digits held out (99.1 % when last measured), in a quarter of a minute.
 """
 
 from scanax.configs import base

@@ -139,6 +139,16 @@ def test_a_killed_preparation_continues(sources, tmp_path):
     )
 
 
+def test_classes_of_the_validation_images_must_be_known(sources, tmp_path):
+    (tmp_path / "more" / "bird").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (tmp_path / "more" / "bird" / name).write_bytes((sources / "pets/cat/00.png").read_bytes())
+    paths = {"train": str(sources / "pets"), "validation": str(tmp_path / "more")}
+    with pytest.raises(DataError, match="bird"):
+        prepare(text_plan(sources / "pets", kind="images", paths=paths), "pets", tmp_path, 1)
+    assert not (tmp_path / "pets").exists()
+
+
 def test_another_plan_is_refused(sources, data_dir):
     with pytest.raises(DataError, match="other settings or another input"):
         prepare(text_plan(sources / "text", shards=4), "documents", data_dir, 1)

@@ -212,6 +212,7 @@ def test_files_of_every_kind_hold_the_same_documents(tmp_path, monkeypatch):
             archive.writestr(f"inside/{i:02d}.txt", document)
     joined = "\n\n".join(DOCUMENTS)
     (tmp_path / "one.txt.gz").write_bytes(gzip.compress(joined.encode()))
+    (tmp_path / "unnamed").write_text(joined)
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + joined.replace("\n", "\r\n").encode())
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
     for changes in (
@@ -221,6 +222,7 @@ def test_files_of_every_kind_hold_the_same_documents(tmp_path, monkeypatch):
         {"path": "all.zip/inside"},
         {"path": str(tmp_path / "one.txt.gz"), "separator": "\n\n"},
         {"path": "marked.txt", "separator": "\n\n"},
+        {"path": "unnamed", "separator": "\n\n"},
     ):
         train, evaluation = corpus(source="files", **changes).documents
         assert sorted(train + evaluation) == sorted(DOCUMENTS), changes

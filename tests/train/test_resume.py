@@ -43,6 +43,7 @@ def undisturbed(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_run_ends_bitwise_the_same(undisturbed, tmp_path, with_signal):
     generator = random.Random(int(with_signal))

@@ -163,6 +163,7 @@ def train_command(name: str, workdir: pathlib.Path, *more: str) -> list[str]:
     return command.command("main", *flags, *FLAGS[name], *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_killed_run_on_real_data_ends_bitwise_the_same(name, tmp_path):
     result = command.run(train_command(name, tmp_path / "quiet"))

@@ -69,7 +69,10 @@ def read_text(file: File) -> str:
 
 def documents(path: str, separator: str) -> Iterator[str]:
     """The documents at ``path``: one per file, or the parts between ``separator``."""
-    files = [f for f in find(path) if f.name.lower().endswith(TEXT_SUFFIXES)]
+    found = find(path)
+    files = [f for f in found if f.name.lower().endswith(TEXT_SUFFIXES)]
+    if len(found) == 1:
+        files = found  # named by the user: text whatever it is called
     if not files:
         raise DataError(f"data.path {path} holds no text ({', '.join(TEXT_SUFFIXES)})")
     for file in files:

@@ -45,6 +45,7 @@ class ImageConfig:
       image_size: side of the square that images are resized to (the shorter side) and cropped
         to (the middle); 0 if all have the same size already.
       in_memory: decode once into memory; tfds may decode when needed instead.
+      threads: batches made at the same time; more of them help when images are decoded.
       flip: mirror half of the training images.
       crop_padding: pad by so many pixels and crop at random; 0 for none.
       resized_crop: smallest area of the random resized crop; 0 for none.
@@ -72,6 +73,7 @@ class ImageConfig:
     channels: int
     image_size: int
     in_memory: bool
+    threads: int
     flip: bool
     crop_padding: int
     resized_crop: float
@@ -97,6 +99,8 @@ class ImageConfig:
         for name in ("image_size", "crop_padding", "rand_augment", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        if self.threads < 1:
+            raise ValueError(f"data.threads must be at least 1, got {self.threads}")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction must be in (0, 1), got {self.eval_fraction}")
         if not self.in_memory and self.source != "tfds":
@@ -188,7 +192,8 @@ class ImageSet:
 
     def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches:
         source = Augmented(self.parts[0], self.config, self.num_classes, training=True)
-        return Batches(source, batch_size, process_index, process_count, seed=self.config.seed)
+        order = {"seed": self.config.seed, "threads": self.config.threads}
+        return Batches(source, batch_size, process_index, process_count, **order)
 
     def eval_batch(self, size: int, index: int) -> Batch | None:
         source = Augmented(self.parts[1], self.config, self.num_classes, training=False)

@@ -145,7 +145,10 @@ def _features(plan: Plan, tokenizer: tokenizers.Tokenizer | None) -> tuple[Any, 
         (_, first), *_ = _labelled(plan.paths["train"])
         channels = 1 if files.is_grey(first) else 3
         fields: dict[str, Any] = {"image": tfds.features.Image(shape=(None, None, channels))}
-        if classes := _classes(plan):
+        if classes := _classes(plan.paths["train"]):
+            for path in plan.paths.values():
+                if more := set(_classes(path)) - set(classes):
+                    raise DataError(f"{path} has classes that the training images have not: {more}")
             fields["label"] = tfds.features.ClassLabel(names=classes)
         return tfds.features.FeaturesDict(fields), {}
     if tokenizer is None:
@@ -217,8 +220,8 @@ def _labelled(path: str) -> list[tuple[str, files.File]]:
     return [(pathlib.PurePath(f.path).parts[0] if "/" in f.path else "", f) for f in found]
 
 
-def _classes(plan: Plan) -> list[str]:
-    return sorted({label for label, _ in _labelled(plan.paths["train"])} - {""})
+def _classes(path: str) -> list[str]:
+    return sorted({label for label, _ in _labelled(path)} - {""})
 
 
 def _shard(folder: pathlib.Path, name: str, split: str, shard: int, shards: int) -> pathlib.Path:

@@ -188,7 +188,7 @@ def _package() -> Any:
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError as error:
-        raise DataError("this data.tokenizer needs: pip install tokenizers") from error
+        raise DataError("this data.tokenizer needs: pip install 'scanax[text]'") from error
     return tokenizers
 
 
