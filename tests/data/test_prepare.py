@@ -19,8 +19,8 @@ from scanax.train.config import build
 from scanax.train.data import tokenizer as tokenizers
 from scanax.train.data.images import ImageConfig, ImageSet
 from scanax.train.data.pipeline import DataError
-from scanax.train.data.prepare import PLAN, Plan, prepare
 from scanax.train.data.prepared import Records
+from scanax.train.data.shards import PLAN, Plan, prepare
 from scanax.train.data.text import Corpus, TextConfig
 
 DOCUMENTS = [f"document {i} " + "word " * (i % 7) for i in range(40)]
