@@ -161,6 +161,8 @@ def test_another_plan_is_refused(sources, data_dir):
     [
         ({"name": "absent"}, "TFDS knows no dataset 'absent'"),
         ({"name": "cifar10"}, "is not prepared as ArrayRecord.*downloads nothing"),
+        ({"name": "lm1b"}, "is not prepared as ArrayRecord.*downloads nothing"),
+        ({"name": "lm1b", "data_dir": ""}, "is not prepared as ArrayRecord.*default folder"),
         ({"split": "valid"}, "Unknown split 'valid'"),
         ({"split": "train[:0]"}, r"data\.split 'train\[:0\]' of documents"),
         ({"text_key": "story"}, "has no feature 'story'"),

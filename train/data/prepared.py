@@ -42,7 +42,7 @@ class Records:
                 f"TFDS knows no dataset {name!r} and {folder} holds none of that name: check"
                 " data.name and data.data_dir"
             ) from error
-        except (NotImplementedError, AssertionError, FileNotFoundError, ImportError) as error:
+        except (NotImplementedError, AssertionError, KeyError, OSError, ImportError) as error:
             raise DataError(
                 f"dataset {name!r} is not prepared as ArrayRecord in"
                 f" {directory or 'the default folder of TFDS'}. Training downloads nothing:"
