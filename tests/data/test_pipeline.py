@@ -93,7 +93,7 @@ def test_any_number_of_processes_reads_the_same_batches(processes):
         expected = next(whole)
         found = [next(part) for part in parts]
         for name in ("labels", "draw"):
-            together = np.stack([part[name] for part in found], axis=1).ravel()
+            together = np.concatenate([part[name] for part in found])
             np.testing.assert_array_equal(together, expected[name])
 
 

@@ -3,8 +3,8 @@
 The order is a function of (seed, epoch, index) alone. Example i of the run is record
 ``permute(i % len, len, seed, i // len)`` of the source; batch b holds examples b B .. b B + B - 1,
 so an epoch may end inside a batch and none is ever shorter. The permutation is computed, not
-stored. Process p of n takes rows p, p + n, ... of every batch: the same batches come out for
-any number of processes.
+stored. Process p of n takes the p-th n-th of every batch's rows: the same batches come out, row
+for row, for any number of processes.
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,8 @@ class Batches:
         self.identity = {**source.identity, "batch_size": batch_size}
         if seed is not None:
             self.identity |= {"records": len(source), "order_seed": seed}
-        rows = np.arange(process_index, batch_size, process_count)
+        size = batch_size // process_count
+        rows = process_index * size + np.arange(size)
 
         def batch(number: int) -> Batch:
             draws = number * batch_size + rows
