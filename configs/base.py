@@ -6,7 +6,7 @@ code, and which values are valid, stands with the code that reads them:
   Config            train/config.py         DeltaProductConfig  models/delta_product/config.py
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
-  MLPConfig         models/mlp.py           ImageConfig         train/data/images.py
+  MLPConfig         models/mlp.py           ImageConfig         train/data/image_sources.py
 
 Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """

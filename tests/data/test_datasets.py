@@ -6,7 +6,8 @@ import pytest
 from scanax.configs import base, datasets
 from scanax.train.config import build
 from scanax.train.data import tokenizer as tokenizers
-from scanax.train.data.images import ImageConfig, ImageSet
+from scanax.train.data.image_sources import ImageConfig
+from scanax.train.data.images import ImageSet
 from scanax.train.data.text import Corpus, TextConfig
 
 TEXT = ("CHARACTERS", "PIECES", "STREAMS", "MASKED", "MASKED_CHARACTERS")

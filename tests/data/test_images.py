@@ -11,7 +11,8 @@ import pytest
 
 from scanax.configs import base
 from scanax.train.config import build
-from scanax.train.data.images import ImageConfig, ImageSet
+from scanax.train.data.image_sources import ImageConfig
+from scanax.train.data.images import ImageSet
 from scanax.train.data.pipeline import IGNORE, DataError
 
 CLASSES = ("cat", "dog")

@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from scanax.configs import base
 from scanax.train.config import build
 from scanax.train.data import tokenizer as tokenizers
-from scanax.train.data.images import ImageConfig, ImageSet
+from scanax.train.data.image_sources import ImageConfig
+from scanax.train.data.images import ImageSet
 from scanax.train.data.pipeline import DataError
 from scanax.train.data.prepared import Records
 from scanax.train.data.shards import PLAN, Plan, prepare

@@ -13,7 +13,8 @@ import optax
 from ...models import params as params_lib
 from ...models.mlp import MLP, MLPConfig
 from ..config import Config, build as build_part
-from ..data.images import ImageConfig, ImageSet
+from ..data.image_sources import ImageConfig
+from ..data.images import ImageSet
 from ..data.pipeline import IGNORE
 from ..task import Aux, Task
 
