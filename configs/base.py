@@ -6,7 +6,8 @@ code, and which values are valid, stands with the code that reads them:
   Config            train/config.py         DeltaProductConfig  models/delta_product/config.py
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
-  MLPConfig         models/mlp.py           ImageConfig         train/data/image_sources.py
+  MLPConfig         models/mlp.py           FormalLanguageConfig  train/tasks/formal_language.py
+                                            ImageConfig         train/data/image_sources.py
 
 Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """
@@ -46,6 +47,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
                 "batch_size": 64,
                 "seed": 1234,  # of the evaluation data and noise
                 "samples": 16,  # samples drawn at the end; 0 = none
+                "stop_when": "",  # METRIC>=NUMBER or <=: end the run once that is reached
             },
             "checkpoint": {
                 "every_steps": 500,  # and always at the end
@@ -103,6 +105,20 @@ def _word_problem() -> dict:
         "curriculum_lengths": (),  # rows are packed with words of these lengths instead...
         "curriculum_steps": (),  # ...from these steps on
         "eval_lengths": (128, 256, 512, 1024),
+        "limit_to": 0,  # elements that move at most so many points; 0 = all
+        "only_swaps": False,  # the identity and transpositions
+        "tokens_per_element": 1,  # more: fillers behind each element, the label on the last
+    }
+
+
+def _formal_language() -> dict:
+    return {
+        "language": "parity",  # parity, modular_arithmetic or modular_arithmetic_brackets
+        "modulus": 5,  # of the arithmetic
+        "seed": 0,  # of the training words
+        "lengths": (3, 40),  # shortest and longest training word, in tokens
+        "eval_lengths": (40, 256),
+        "row_tokens": 256,  # of a training row, packed with words
     }
 
 
@@ -168,7 +184,13 @@ def _mlp() -> dict:
 
 _MODEL = {
     "word_problem": _delta_product,
+    "formal_language": _delta_product,
     "language_model": _delta_product,
     "image_classification": _mlp,
 }
-_DATA = {"word_problem": _word_problem, "language_model": _text, "image_classification": _images}
+_DATA = {
+    "word_problem": _word_problem,
+    "formal_language": _formal_language,
+    "language_model": _text,
+    "image_classification": _images,
+}

@@ -31,6 +31,8 @@ class EvaluationConfig:
       batch_size: rows of each.
       seed: of the noise, and of data that is generated.
       samples: drawn at each evaluation.
+      stop_when: METRIC>=NUMBER or METRIC<=NUMBER: the run ends at the first evaluation at which
+        it holds, or at ``num_steps``; empty for no condition.
     """
 
     every_steps: int
@@ -38,6 +40,7 @@ class EvaluationConfig:
     batch_size: int
     seed: int
     samples: int
+    stop_when: str
 
     def __post_init__(self):
         if min(self.every_steps, self.samples, self.batches) < 0 or self.batch_size < 1:
@@ -45,6 +48,8 @@ class EvaluationConfig:
                 "evaluation: batch_size must be positive, every_steps, batches and samples not"
                 " negative"
             )
+        if self.stop_when and not self.every_steps:
+            raise ValueError("evaluation.stop_when needs evaluation.every_steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,10 @@ resume and on any mesh.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -15,11 +17,58 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from . import mesh as mesh_lib
-from .config import Config
+from . import mesh as mesh_lib, plots, state as state_lib
+from .config import Config, ConfigError
 from .task import Task
 
 Means = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A metric with a limit: "sequence_accuracy_512>=0.95" or "bits_per_byte<=1.8"."""
+
+    metric: str
+    at_least: bool
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """Raises a ConfigError if the text is not METRIC>=NUMBER or METRIC<=NUMBER."""
+        found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
+        try:
+            assert found
+            return cls(found[1], found[2] == ">=", float(found[3]))
+        except (AssertionError, ValueError):
+            raise ConfigError(
+                f"{text!r} is not a condition; write METRIC>=NUMBER or METRIC<=NUMBER"
+            ) from None
+
+    def met(self, means: Mapping[str, Any]) -> bool:
+        """Whether the metric is on the right side; never if it is NaN."""
+        value = means[self.metric]
+        return bool(value >= self.limit if self.at_least else value <= self.limit)
+
+
+def stop_condition(task: Task, config: Config) -> Condition | None:
+    """``evaluation.stop_when``, checked against what the task reports; nothing is computed.
+
+    Raises:
+      ConfigError: if it is no condition on one of the task's scalar metrics.
+    """
+    if not config.evaluation.stop_when:
+        return None
+    condition = Condition.parse(config.evaluation.stop_when)
+    shapes = state_lib.shapes(task, config)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.evaluation.batch_size))
+    sums = jax.eval_shape(task.evaluate, shapes.params, shapes.extra, task.eval_spec, keys)
+    names = [name for name, (value, _) in sums.items() if value.ndim == 0]
+    if condition.metric not in names:
+        raise ConfigError(
+            f"evaluation.stop_when: there is no metric {condition.metric!r}; there are"
+            f" {', '.join(names)}"
+        )
+    return condition
 
 
 def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any], Means]:
@@ -44,7 +93,8 @@ def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any
             values = jax.tree.map(lambda x: np.asarray(x, np.float64), values)
             total = values if total is None else jax.tree.map(np.add, total, values)
         assert total is not None  # there is at least one batch
-        return {name: value / weight for name, (value, weight) in total.items()}
+        with np.errstate(invalid="ignore"):  # an entry of a curve without examples is NaN
+            return {name: value / weight for name, (value, weight) in total.items()}
 
     return evaluate
 
@@ -60,15 +110,15 @@ def put_global(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array
 def write_report(
     task: Task, config: Config, folder: pathlib.Path, means: Means, params: Any, extra: Any
 ) -> str:
-    """Writes metrics.json, curves.npz, pictures and samples; returns the samples' text."""
+    """Writes metrics.json, arrays, the curve and samples; returns the samples' text."""
     folder.mkdir(parents=True, exist_ok=True)
     scalars = {name: float(x) for name, x in means.items() if x.ndim == 0}
     curves = {name: x for name, x in means.items() if x.ndim > 0}
     (folder / "metrics.json").write_text(json.dumps(scalars, indent=2) + "\n")
     if curves:
         np.savez_compressed(folder / "curves.npz", **curves)  # pyright: ignore[reportArgumentType]
-    if task.report is not None:
-        task.report(means, folder)
+    if task.curve is not None:
+        plots.write_curve(task.curve, means[task.curve.metric], folder.parents[1].name, folder)
     if not config.evaluation.samples:
         return ""
     text = draw_samples(task, params, extra, config.evaluation.seed, config.evaluation.samples)

@@ -137,7 +137,7 @@ def _check_overrides(argv: list[str]) -> None:
             f"--config {path} does not exist"
             + (f"; there are {', '.join(near)}" if near else f" (current folder: {os.getcwd()})")
         )
-    known = list(flatten(_load(path).to_dict()))
+    known = list(flatten(load(path).to_dict()))
     groups = {key.rsplit(".", i)[0] for key in known for i in (1, 2) if key.count(".") >= i}
     for key in overrides:
         if key in groups:
@@ -146,7 +146,7 @@ def _check_overrides(argv: list[str]) -> None:
             raise ConfigError(unknown_key(key, known))
 
 
-def _load(path: str) -> ml_collections.ConfigDict:
+def load(path: str) -> ml_collections.ConfigDict:
     """Runs a config file's get_config."""
     spec = importlib.util.spec_from_file_location("scanax_config_file", path)
     if spec is None or spec.loader is None:

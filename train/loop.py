@@ -70,6 +70,7 @@ def train(
       SystemExit: after a SIGTERM or Ctrl-C, once the state is saved.
     """
     mesh, shardings = place(task, config)
+    goal = evaluation.stop_condition(task, config)
     check_workdir(workdir, config, allow_config_change)
     data = task.train_data(jax.process_index(), jax.process_count())
 
@@ -112,6 +113,9 @@ def train(
                 folder = workdir / "eval" / f"{step:08d}"
                 evaluation.write_report(task, config, folder, means, state.eval_params, state.extra)
                 writers.pause()
+                if goal is not None and goal.met(means) and not last:
+                    logger.info("%s at step %d: done", config.evaluation.stop_when, step)
+                    last = True
             due = step % config.checkpoint.every_steps == 0
             if (due and step > first_step) or last or stop:
                 flush()

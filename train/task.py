@@ -3,9 +3,8 @@
 Dimensions: B examples in the (micro)batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,26 @@ class Aux(NamedTuple):
     weight: jax.Array
     extra: Any
     metrics: Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The metric of ``Task.evaluate`` that is drawn: an array, one value per x.
+
+    Attributes:
+      metric: its name.
+      x: of each value.
+      x_label, y_label: what they are.
+      marks: name -> x, drawn as dashed lines.
+      log_x: logarithmic x axis, base 2.
+    """
+
+    metric: str
+    x: Sequence[float]
+    x_label: str
+    y_label: str
+    marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    log_x: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +65,7 @@ class Task:
         after the last one.
       sample: (params, extra, key, n) -> samples, or None if the family has none.
       render: (samples) -> text for people.
-      report: (evaluation means, folder) -> None; writes pictures. None if there are none.
+      curve: the evaluation metric that is drawn, or None.
     """
 
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -59,4 +78,4 @@ class Task:
     eval_data: Callable[[int], Mapping[str, Any] | None]
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str] | None = None
-    report: Callable[[Mapping[str, Any], pathlib.Path], None] | None = None
+    curve: Curve | None = None

@@ -32,6 +32,27 @@ class Group:
     def order(self) -> int:
         return len(self.permutations)
 
+    def subset(self, limit_to: int = 0, only_swaps: bool = False) -> np.ndarray:
+        """Indices of some elements, increasing; the identity is always one of them.
+
+        Args:
+          limit_to: only permutations that move at most so many points; 0 for no limit.
+          only_swaps: only the identity and transpositions.
+
+        Raises:
+          ValueError: if nothing but the identity is left.
+        """
+        moved = (self.permutations != np.arange(self.permutations.shape[1])).sum(axis=1)
+        allowed = moved <= (limit_to or moved.max())
+        if only_swaps:
+            allowed &= moved <= 2
+        if allowed.sum() < 2:
+            raise ValueError(
+                f"{self.name} has no element but the identity with data.limit_to={limit_to} and"
+                f" data.only_swaps={only_swaps}"
+            )
+        return np.flatnonzero(allowed)
+
 
 @functools.cache
 def group(name: str) -> Group:

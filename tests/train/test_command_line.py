@@ -84,7 +84,7 @@ def test_evaluate_and_sample_from_a_checkpoint_alone(tmp_path):
     assert evaluated.returncode == 0, evaluated.stdout
     assert "sequence_accuracy_12" in evaluated.stdout
     folder = workdir / "eval" / "00000040"
-    assert (folder / "accuracy.png").stat().st_size > 5000
+    assert (folder / "curve.png").stat().st_size > 5000
     assert (folder / "samples.txt").read_text().startswith("0 of 4 words")
     sampled = command.run(command.command("sample", f"--workdir={workdir}", "--num=3"))
     assert sampled.returncode == 0 and "of 3 words" in sampled.stdout, sampled.stdout

@@ -1,9 +1,11 @@
 """Random words over a group, generated from (seed, index): the same on every machine.
 
-Dimensions: T = length + 1 tokens of a row, the first of a word being BOS.
+Dimensions: R rows, T tokens of a row, the first of a word being BOS.
 
 Token ids 0 .. m-1 are the group's elements; then PAD, BOS, UNK, EOS, SEP, CLS, MASK. Input
-and label rows both begin every word with BOS, and labels are aligned with inputs.
+and label rows both begin every word with BOS, and labels are aligned with inputs. With more
+than one token per element, fillers (SEP) follow each element, and the label of the last one
+is the product: the model has that many tokens to take an element in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...models.delta_product.groups import Group, group
-from .pipeline import ENDLESS
+from .pipeline import ENDLESS, IGNORE
 
 SPECIAL_TOKENS = 7
 
@@ -23,6 +25,10 @@ def vocab_size(group: Group) -> int:
 
 def bos_id(group: Group) -> int:
     return group.order + 1
+
+
+def filler_id(group: Group) -> int:
+    return group.order + 4
 
 
 class WordProblems:
@@ -38,6 +44,9 @@ class WordProblems:
       length: elements per row, BOS not counted.
       batch_size: rows per batch, which turns an index into a batch number.
       lengths, starts: the curriculum; empty for words of ``length`` throughout.
+      limit_to, only_swaps: which elements appear in words, see ``Group.subset``; products
+        are over the whole group all the same.
+      tokens_per_element: 1, or more to put fillers behind every element.
     """
 
     def __init__(
@@ -48,8 +57,12 @@ class WordProblems:
         batch_size: int = 1,
         lengths: Sequence[int] = (),
         starts: Sequence[int] = (),
+        limit_to: int = 0,
+        only_swaps: bool = False,
+        tokens_per_element: int = 1,
     ):
         self.group = group(name)
+        self._elements = self.group.subset(limit_to, only_swaps).astype(np.int32)
         self.lengths, self.starts = tuple(lengths) or (length,), tuple(starts) or (0,)
         if len(self.lengths) != len(self.starts) or self.starts[0] != 0:
             raise ValueError(
@@ -63,13 +76,17 @@ class WordProblems:
                 f"data.curriculum_lengths must lie between 1 and data.length ({length}),"
                 f" got {self.lengths}"
             )
-        self.seed, self.tokens, self.batch_size = seed, length + 1, batch_size
+        if tokens_per_element < 1:
+            raise ValueError(f"data.tokens_per_element must be positive, got {tokens_per_element}")
+        self.seed, self.batch_size, self._repeat = seed, batch_size, tokens_per_element
+        self.tokens = length * tokens_per_element + 1
         self._product = self.group.product.tolist()  # lists are faster to walk than arrays
         self.identity: Mapping[str, Any] = {
             "source": f"words over {name}",
             "seed": seed,
             "length": length,
             "curriculum": [list(self.lengths), list(self.starts)],
+            "variant": [limit_to, only_swaps, tokens_per_element],
         }
 
     def __len__(self) -> int:
@@ -82,26 +99,33 @@ class WordProblems:
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _row(self, index: int) -> dict[str, np.ndarray]:
-        length = self.word_length(index // self.batch_size)
+        tokens = self.word_length(index // self.batch_size) * self._repeat + 1  # of a word
         position = np.arange(self.tokens, dtype=np.int32)
+        place = position % tokens  # in the word; 0 is BOS
         key = np.asarray([self.seed, index], np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key))
-        ids = generator.integers(self.group.order, size=self.tokens, dtype=np.int32)
-        ids[position % (length + 1) == 0] = bos_id(self.group)
+        drawn = generator.integers(len(self._elements), size=self.tokens, dtype=np.int32)
+        is_element = (place - 1) % self._repeat == 0
+        ids = np.where(is_element, self._elements[drawn], filler_id(self.group))
+        ids = np.where(place == 0, bos_id(self.group), ids).astype(np.int32)
+        answers = (place == 0) | (place % self._repeat == 0)
         return {
             "ids": ids,
-            "labels": self._labels(ids),
-            "segments": position // (length + 1),
+            "labels": np.where(answers, self._products(ids), IGNORE).astype(np.int32),
+            "segments": position // tokens,
         }
 
     def word_length(self, batch: int) -> int:
         """Elements per word in a batch."""
         return self.lengths[int(np.searchsorted(self.starts, batch, side="right")) - 1]
 
-    def _labels(self, ids: np.ndarray) -> np.ndarray:
-        """Prefix products since the last BOS; BOS is its own label."""
-        bos, product, accumulated, labels = bos_id(self.group), self._product, 0, []
+    def _products(self, ids: np.ndarray) -> np.ndarray:
+        """Prefix products since the last BOS; BOS is its own product."""
+        bos, product, accumulated, found = bos_id(self.group), self._product, 0, []
         for token in ids.tolist():
-            accumulated = 0 if token == bos else product[accumulated][token]
-            labels.append(bos if token == bos else accumulated)
-        return np.asarray(labels, np.int32)
+            if token < self.group.order:
+                accumulated = product[accumulated][token]
+            elif token == bos:
+                accumulated = 0
+            found.append(bos if token == bos else accumulated)
+        return np.asarray(found)

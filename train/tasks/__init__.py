@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from ..config import Config, ConfigError
 from ..task import Task
-from . import image_classification, language_model, word_problem
+from . import formal_language, image_classification, language_model, word_problem
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "word_problem": word_problem.build,
+    "formal_language": formal_language.build,
     "language_model": language_model.build,
     "image_classification": image_classification.build,
 }

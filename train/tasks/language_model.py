@@ -12,14 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ...models import params as params_lib
 from ...models.delta_product import DeltaProductConfig, DeltaProductLM
 from ..config import Config, build as build_part
-from ..data.pipeline import IGNORE
 from ..data.text import Corpus, TextConfig
 from ..task import Aux, Task
+from .scoring import score
 
 
 def build(config: Config) -> Task:
@@ -57,15 +56,12 @@ def build(config: Config) -> Task:
         """Name -> (sum, weight) over the tokens that have a label."""
         segments = batch["segments"] if data.layout == "packed" else None
         logits_BTS, _ = module.apply({"params": params}, batch["ids"], segment_ids=segments)
-        real_BT = batch["labels"] != IGNORE
-        labels_BT = jnp.where(real_BT, batch["labels"], 0)
-        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTS, labels_BT)
-        loss = jnp.sum(jnp.where(real_BT, loss_BT, 0.0))
-        right_BT = real_BT & (jnp.argmax(logits_BTS, axis=-1) == labels_BT)
+        loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
+        loss = jnp.sum(loss_BT)
         tokens = jnp.sum(real_BT, dtype=jnp.float32)
         found = {"loss": (loss, tokens), "token_accuracy": (jnp.sum(right_BT), tokens)}
         if bytes_S is not None:
-            bytes_BT = jnp.where(real_BT, jnp.asarray(bytes_S)[labels_BT], 0.0)
+            bytes_BT = jnp.where(real_BT, jnp.asarray(bytes_S)[batch["labels"]], 0.0)
             found["bits_per_byte"] = (loss / jnp.log(2.0), jnp.sum(bytes_BT))
         return found
 

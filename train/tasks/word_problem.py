@@ -8,22 +8,19 @@ predictions are all right (Siems et al. 2025, section 5).
 
 from collections.abc import Mapping
 import dataclasses
-import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ...models import params as params_lib
 from ...models.delta_product import DeltaProductConfig, DeltaProductLM
 from ...models.delta_product.groups import group
-from .. import plots
 from ..config import Config, build as build_part
 from ..data import word_problem as words
-from ..data.pipeline import Batches, eval_batch
-from ..task import Aux, Task
+from ..data.pipeline import IGNORE, Batches, eval_batch
+from ..task import Aux, Curve, Task
+from .scoring import score
 
 # Words are keyed by a 64-bit seed; training seeds are below 2^62, so that no word of an
 # evaluation or a sample is drawn with a training key.
@@ -41,6 +38,7 @@ class WordProblemConfig:
       curriculum_lengths, curriculum_steps: words of ``curriculum_lengths[i]`` elements from
         step ``curriculum_steps[i]`` on, packed into the rows; empty for none.
       eval_lengths: lengths at which accuracy is reported; the longest is what is run.
+      limit_to, only_swaps, tokens_per_element: variants, see ``WordProblems``.
     """
 
     group: str
@@ -49,6 +47,9 @@ class WordProblemConfig:
     curriculum_lengths: tuple[int, ...]
     curriculum_steps: tuple[int, ...]
     eval_lengths: tuple[int, ...]
+    limit_to: int
+    only_swaps: bool
+    tokens_per_element: int
 
     def __post_init__(self):
         if self.length < 1 or not self.eval_lengths or min(self.eval_lengths) < 1:
@@ -75,12 +76,19 @@ def build(config: Config) -> Task:
         )
     module = DeltaProductLM(model)
     example = jnp.zeros((1, 2), jnp.int32)
+    longest, repeat = max(data.eval_lengths), data.tokens_per_element
+    variant = (data.limit_to, data.only_swaps, repeat)
     train_words = words.WordProblems(
         *(data.group, data.seed, data.length, config.batch_size),
         *(data.curriculum_lengths, data.curriculum_steps),
+        *variant,
     )
-    eval_seed = EVAL_STREAM + config.evaluation.seed
-    eval_words = words.WordProblems(data.group, eval_seed, max(data.eval_lengths))
+
+    def whole_words(seed: int) -> words.WordProblems:
+        """One word of the longest length per row."""
+        return words.WordProblems(data.group, seed, longest, 1, (), (), *variant)
+
+    eval_words = whole_words(EVAL_STREAM + config.evaluation.seed)
     eval_size = config.evaluation.batch_size
 
     def init(key: jax.Array):
@@ -91,48 +99,42 @@ def build(config: Config) -> Task:
         logits_BTS, _ = module.apply(
             {"params": params}, batch["ids"], segment_ids=batch["segments"]
         )
-        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTS, batch["labels"])
-        right_BT = jnp.argmax(logits_BTS, axis=-1) == batch["labels"]
-        weight = jnp.asarray(loss_BT.size, jnp.float32)
+        loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
+        weight = jnp.sum(real_BT, dtype=jnp.float32)
         return jnp.sum(loss_BT), Aux(weight, extra, {"token_accuracy": (right_BT.sum(), weight)})
 
     def evaluate(params, extra, batch, keys):
         del extra, keys
         logits_BTS, _ = module.apply({"params": params}, batch["ids"])
-        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTS, batch["labels"])
-        right_BT = (jnp.argmax(logits_BTS, axis=-1) == batch["labels"])[:, 1:]  # not BOS
-        so_far_BT = jnp.cumprod(right_BT, axis=1, dtype=jnp.float32)
-        rows = jnp.asarray(right_BT.shape[0], jnp.float32)
+        loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
+        right_BL = right_BT[:, repeat::repeat]  # where products are due; not BOS
+        so_far_BL = jnp.cumprod(right_BL, axis=1, dtype=jnp.float32)
+        rows = jnp.asarray(right_BL.shape[0], jnp.float32)
         metrics = {
-            "loss": (loss_BT.sum(), jnp.asarray(loss_BT.size, jnp.float32)),
-            "token_accuracy": (right_BT.sum(), jnp.asarray(right_BT.size, jnp.float32)),
-            "accuracy_by_length": (so_far_BT.sum(0), rows),
+            "loss": (loss_BT.sum(), jnp.sum(real_BT, dtype=jnp.float32)),
+            "token_accuracy": (right_BL.sum(), jnp.asarray(right_BL.size, jnp.float32)),
+            "accuracy_by_length": (so_far_BL.sum(0), rows),
         }
         for length in data.eval_lengths:
-            metrics[f"sequence_accuracy_{length}"] = (so_far_BT[:, length - 1].sum(), rows)
+            metrics[f"sequence_accuracy_{length}"] = (so_far_BL[:, length - 1].sum(), rows)
         return metrics
 
     def sample(params, extra, key, n: int):
         """Fresh words with the model's predictions: ids, labels, predictions [n, T]."""
         del extra
         seed = int(jax.random.bits(key, dtype=jnp.uint32)) + SAMPLE_STREAM
-        fresh = words.WordProblems(data.group, seed, max(data.eval_lengths))
-        batch = fresh.batch(np.arange(n), np.arange(n))
+        batch = whole_words(seed).batch(np.arange(n), np.arange(n))
         logits_BTS, _ = jax.jit(module.apply)({"params": params}, batch["ids"])
         predictions = np.asarray(jnp.argmax(logits_BTS, axis=-1))
         return {"ids": batch["ids"], "labels": batch["labels"], "predictions": predictions}
 
-    def report(means: Mapping[str, Any], folder: pathlib.Path) -> None:
-        title = f"{data.group}, {model.num_householder} Householder step(s) per token"
-        curve = {title: np.asarray(means["accuracy_by_length"])}
-        plots.accuracy_over_length(curve, folder / "accuracy.png", trained=data.length)
-
-    def spec(rows: int, tokens: int, names: tuple[str, ...]):
+    def spec(rows: int, tokens: int):
+        names = ("ids", "labels", "segments")
         return {name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for name in names}
 
     return Task(
-        batch_spec=spec(config.batch_size, data.length + 1, ("ids", "labels", "segments")),
-        eval_spec=spec(eval_size, max(data.eval_lengths) + 1, ("ids", "labels", "segments")),
+        batch_spec=spec(config.batch_size, train_words.tokens),
+        eval_spec=spec(eval_size, eval_words.tokens),
         param_axes=params_lib.logical_axes(module, example),
         init=init,
         loss=loss,
@@ -141,21 +143,27 @@ def build(config: Config) -> Task:
         eval_data=lambda index: eval_batch(eval_words, eval_size, index),
         sample=sample,
         render=render,
-        report=report,
+        curve=Curve(
+            metric="accuracy_by_length",
+            x=tuple(range(1, longest + 1)),
+            x_label="word length",
+            y_label="words with every product right",
+            marks={"training length": data.length},
+        ),
     )
 
 
 def render(samples: Mapping[str, np.ndarray]) -> str:
     """Words that went wrong: where, and what the model said around the first error."""
     ids, labels, predictions = (samples[k] for k in ("ids", "labels", "predictions"))
-    right = predictions[:, 1:] == labels[:, 1:]
-    lines = [f"{int(right.all(1).sum())} of {len(ids)} words of {right.shape[1]} elements right"]
+    right = (predictions == labels)[:, 1:] | (labels[:, 1:] == IGNORE)
+    lines = [f"{int(right.all(1).sum())} of {len(ids)} words of {right.shape[1]} tokens right"]
     for row in np.flatnonzero(~right.all(1)):
         first = int(np.argmin(right[row])) + 1  # position in the row, BOS being 0
         around = slice(max(1, first - 4), first + 5)
         lines += [
-            f"word {row}: first error at element {first}, {int((~right[row]).sum())} wrong",
-            f"  elements    {_row(ids[row, around])}",
+            f"word {row}: first error at token {first}, {int((~right[row]).sum())} wrong",
+            f"  tokens      {_row(ids[row, around])}",
             f"  products    {_row(labels[row, around])}",
             f"  predictions {_row(predictions[row, around])}",
         ]
