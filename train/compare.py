@@ -13,6 +13,7 @@ from . import flags as flags_lib, plots
 from .config import ConfigError
 
 RUNS = flags.DEFINE_multi_string("run", [], "LABEL=FOLDER of an evaluated run; repeat it.")
+ANALYSIS = flags.DEFINE_string("analysis", "", "Curves of this analysis, for example long_context.")
 OUT = flags.DEFINE_string("out", "curves.png", "The picture to write.")
 
 
@@ -22,7 +23,7 @@ def main() -> None:
         label, equals, folder = entry.rpartition("=")
         if not equals:
             raise ConfigError(f"--run {entry!r} should look like LABEL=FOLDER")
-        curve = plots.read_curve(pathlib.Path(folder))
+        curve = plots.read_curve(pathlib.Path(folder), ANALYSIS.value)
         if curve is None:
             raise ConfigError(f"{folder} has no curve; run scanax.train.evaluate on it first")
         curves.setdefault(label, []).append(curve)

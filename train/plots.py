@@ -22,9 +22,9 @@ def write_curve(curve: Curve, y: np.ndarray, label: str, folder: pathlib.Path) -
     draw({label: [_read(text)]}, folder / "curve.png")
 
 
-def read_curve(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The curve of a run's newest evaluation: the fields of ``Curve``, and y [len(x)]."""
-    found = sorted(workdir.glob(f"eval/*/{CURVE}"))
+def read_curve(workdir: pathlib.Path, analysis: str = "") -> dict[str, Any] | None:
+    """The curve of a run's newest evaluation, or analysis: fields of ``Curve``, y [len(x)]."""
+    found = sorted(workdir.glob(f"eval/*/{analysis or '.'}/{CURVE}"))
     return _read(found[-1].read_text()) if found else None
 
 

@@ -1,25 +1,98 @@
 """Samples from a checkpoint; everything else is read from it.
 
-python -m scanax.train.sample --workdir runs/s3 [--num N] [--seed S] [--step N]
+  python -m scanax.train.sample --workdir runs/s3 [--num N] [--seed S] [--step N]
+
+Language models continue prompts, of any number and any lengths, --num times each:
+
+  python -m scanax.train.sample --workdir runs/lm --prompt "It was" --prompt_file letter.txt \\
+      --num 2 --max_tokens 200 --temperature 0.8 --top_p 0.95 [--stop "\\n\\n"]
 """
 
-from absl import flags
+import dataclasses
+import pathlib
 
+from absl import flags
+import jax
+
+from ..models.generation import Generated, Sampling
 from . import evaluation, flags as flags_lib, run as run_lib
 from .config import ConfigError
 
 flags_lib.define_workdir()
 STEP = flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
-NUM = flags.DEFINE_integer("num", 16, "Number of samples.", lower_bound=1)
+NUM = flags.DEFINE_integer("num", None, "Samples; of each prompt, if there are any.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeat it for more.")
+PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file with a text to continue.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens per sample.", lower_bound=1)
+STOP = flags.DEFINE_multi_string("stop", [], r"A text that ends a sample; \n is a new line.")
+IGNORE_END = flags.DEFINE_bool("ignore_end", False, "Go on after the end of a document.")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0 = all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this total probability.")
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Only tokens this likely relative to the likeliest.")
+PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages repeated tokens.")
 
 
 def main() -> None:
-    run = run_lib.load(flags_lib.workdir(), STEP.value)
+    workdir = flags_lib.workdir()
+    options = [f.name for f in _GENERATION if flags.FLAGS[f.name].present]
+    prompts = [*PROMPT.value, *map(_read, PROMPT_FILE.value)]
+    if not all(prompts):
+        raise ConfigError("a prompt is empty; leave it out to begin a document")
+    try:
+        sampling = Sampling(
+            **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
+        )
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    run = run_lib.load(workdir, STEP.value)
     if run.task.sample is None:
         raise ConfigError(f"task {run.config.task} has nothing to sample")
-    print(evaluation.draw_samples(run.task, run.params, run.extra, SEED.value, NUM.value))
+    if not options:
+        print(evaluation.draw_samples(run.task, run.params, run.extra, SEED.value, NUM.value or 16))
+        return
+    if run.task.complete is None:
+        raise ConfigError(f"task {run.config.task} does not take --{options[0]}")
+    number = NUM.value or 1
+    texts = [text for text in prompts or [""] for _ in range(number)]
+    generated = run.task.complete(
+        run.params,
+        run.extra,
+        jax.random.key(SEED.value),
+        texts,
+        sampling=sampling,
+        max_tokens=MAX_TOKENS.value,
+        stops=[text.replace("\\n", "\n") for text in STOP.value],
+        stop_at_end=not IGNORE_END.value,
+    )
+    print(render(generated, texts, number, run.task.decode))
 
+
+def render(generated: Generated, texts: list[str], number: int, decode) -> str:
+    """Prompts with their continuations, why they ended, and how fast it went."""
+    lines = []
+    for i, tokens in enumerate(generated.tokens):
+        why = "stopped" if generated.stopped[i] else "cut"
+        name = f"prompt {i // number}, sample {i % number}"
+        lines += [f"--- {name}: {len(tokens)} tokens, {why} ---", texts[i] + decode(tokens)]
+    for what, tokens, seconds in (
+        ("prompts", generated.prompt_tokens, generated.prefill_seconds),
+        ("new", generated.new_tokens, generated.decode_seconds),
+    ):
+        lines.append(f"{what}: {tokens} tokens in {seconds:.3g} s, {tokens / seconds:.4g} tokens/s")
+    return "\n".join(lines)
+
+
+def _read(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_file {path} cannot be read: {error}") from error
+
+
+_GENERATION = (PROMPT, PROMPT_FILE, MAX_TOKENS, STOP, IGNORE_END)
+_GENERATION += (TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
 
 if __name__ == "__main__":
     flags_lib.launch(main)

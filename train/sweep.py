@@ -8,7 +8,8 @@ A run's folder is WORKDIR/CELL/seed_S, as ``scanax.train.main`` writes it; its o
 WORKDIR/CELL/seed_S.log. Interrupt the sweep whenever you like: the same command goes on where it
 was, inside runs too. ``results.json``, ``table.md`` and ``curves.png`` are rewritten after each
 run. ``--jobs N`` keeps N runs going, each on its share of the cores and, where
-CUDA_VISIBLE_DEVICES names them, of the GPUs.
+CUDA_VISIBLE_DEVICES names them, of the GPUs. Keys that change together stand in one axis:
+``--grid model.num_householder:model.num_heads=1:6,2:4``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from .preemption import Preemption
 
 flags_lib.define_config()
 flags_lib.define_workdir()
-GRID = flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...: of the config; repeat it.")
+GRID = flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,... or KEY:KEY=A:B,...; repeat it.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... per cell.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs at the same time.", lower_bound=1)
 SOLVED = flags.DEFINE_string("solved", "", "METRIC>=NUMBER or METRIC<=NUMBER: when a run counts.")
@@ -111,28 +112,34 @@ class SweepFailed(RuntimeError):
     exit_code = 1
 
 
-def parse_axis(text: str) -> tuple[str, list[str]]:
-    """ "model.num_householder=1,2" -> its key and values.
+def parse_axis(text: str) -> list[dict[str, str]]:
+    """ "KEY=1,2" -> [{KEY: 1}, {KEY: 2}]; "KEY:OTHER=1:6,2:4" sets both in each.
 
     Commas inside brackets do not separate: data.eval_lengths=(8,16),(8,32) are two values.
     """
-    key, equals, values = text.partition("=")
+    head, equals, tail = text.partition("=")
     parts, depth = [""], 0
-    for character in values:
+    for character in tail:
         depth += (character in "([") - (character in ")]")
         if character == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += character
-    if not equals or not all(parts):
-        raise ConfigError(f"--grid {text!r} should look like KEY=VALUE,VALUE")
-    return key.strip(), parts
+    keys = head.strip().split(":")
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"--grid {text!r} names a key twice")
+    points = [part.split(":") if len(keys) > 1 else [part] for part in parts]
+    if not equals or any(len(values) != len(keys) or not all(values) for values in points):
+        raise ConfigError(
+            f"--grid {text!r} should look like KEY=VALUE,VALUE or KEY:KEY=VALUE:VALUE,VALUE:VALUE"
+        )
+    return [dict(zip(keys, values, strict=True)) for values in points]
 
 
 def expand(
     file: str,
     base: ml_collections.ConfigDict,
-    axes: Sequence[tuple[str, Sequence[str]]],
+    axes: Sequence[Sequence[Mapping[str, str]]],
     seeds: int,
     workdir: pathlib.Path,
 ) -> list[Run]:
@@ -141,7 +148,7 @@ def expand(
     Args:
       file: the config file, which the runs' commands name.
       base: what it returns, with overrides.
-      axes: config keys with their values, as text.
+      axes: of each, the values of its keys, as text; see :func:`parse_axis`.
       seeds: runs per cell.
       workdir: of the sweep.
 
@@ -149,12 +156,14 @@ def expand(
       ConfigError: for an unknown key, a value of the wrong type, or an impossible config.
     """
     known, original = flatten(base.to_dict()), flatten(flags_lib.load(file).to_dict())
-    for key, _ in axes:
+    keys = [key for axis in axes for key in axis[0]]
+    for key in keys:
         if key not in known:
             raise ConfigError(unknown_key(key, list(known)))
     runs = []
-    for values in itertools.product(*(values for _, values in axes)):
-        cell = {k: parse_value(k, v, known[k]) for (k, _), v in zip(axes, values, strict=True)}
+    for points in itertools.product(*axes):
+        texts = {key: text for point in points for key, text in point.items()}
+        cell = {key: parse_value(key, text, known[key]) for key, text in texts.items()}
         for seed in range(seeds):
             config = ml_collections.ConfigDict(base.to_dict())
             seeds_too = {key: seed for key in ("seed", "data.seed") if key in known}
@@ -170,7 +179,7 @@ def expand(
             ]
             command = [*MAIN, f"--config={file}", f"--workdir={folder}", *overrides]
             runs.append(Run(cell, seed, frozen, folder, command))
-    if len({run.folder for run in runs}) < len(runs):
+    if len({run.folder for run in runs}) < len(runs) or len(set(keys)) < len(keys):
         raise ConfigError("--grid names a key or a value twice")
     return runs
 

@@ -65,7 +65,12 @@ class Task:
         after the last one.
       sample: (params, extra, key, n) -> samples, or None if the family has none.
       render: (samples) -> text for people.
+      complete: (params, extra, key, prompts, *, sampling, max_tokens, stops, stop_at_end) ->
+        ``scanax.models.generation.Generated``; None if the family does not continue texts.
+      decode: tokens -> text, for what ``complete`` returns.
       curve: the evaluation metric that is drawn, or None.
+      analyses: name -> (params, extra, folder, rows, length) -> summary; writes figures and
+        pictures. 0 rows or tokens is the analysis's own choice.
     """
 
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -78,4 +83,7 @@ class Task:
     eval_data: Callable[[int], Mapping[str, Any] | None]
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str] | None = None
+    complete: Callable[..., Any] | None = None
+    decode: Callable[[Any], str] | None = None
     curve: Curve | None = None
+    analyses: Mapping[str, Callable[..., str]] = dataclasses.field(default_factory=dict)

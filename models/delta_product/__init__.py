@@ -2,6 +2,6 @@
 
 from .config import DeltaProductConfig
 from .layer import DeltaProduct, LayerCache
-from .model import DeltaProductLM
+from .model import DeltaProductLM, empty_cache
 
-__all__ = ["DeltaProduct", "DeltaProductConfig", "DeltaProductLM", "LayerCache"]
+__all__ = ["DeltaProduct", "DeltaProductConfig", "DeltaProductLM", "LayerCache", "empty_cache"]

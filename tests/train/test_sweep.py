@@ -45,6 +45,13 @@ def test_every_combination_and_seed_has_its_config_and_folder(root, tmp_path):
     assert found[0].label == "allow_neg_eigval=True,eval_lengths=(8,16),learning_rate=0.001"
 
 
+def test_keys_that_change_together(root, tmp_path):
+    found = runs(root, tmp_path, "model.num_householder:model.num_heads=1:6,2:4", "seed=3,4")
+    sizes = [(run.config.model["num_householder"], run.config.model["num_heads"]) for run in found]
+    assert sizes == [(1, 6), (1, 6), (2, 4), (2, 4)]
+    assert found[1].label == "num_householder=1,num_heads=6,seed=4"
+
+
 @pytest.mark.parametrize(
     "axis, message",
     [
@@ -54,6 +61,8 @@ def test_every_combination_and_seed_has_its_config_and_folder(root, tmp_path):
         ("model.num_householder", "KEY=VALUE"),
         ("model.num_householder=1,", "KEY=VALUE"),
         ("model.num_householder=1,1", "twice"),
+        ("model.num_householder:model.num_heads=1,2", "KEY:KEY"),
+        ("seed:seed=1:2", "twice"),
         ("model.num_householder=0", "at least 1"),
         ("data.group=S9", "choose one of"),
     ],

@@ -146,6 +146,13 @@ class Corpus:
         source = self.train_source(batch_size)
         return Batches(source, batch_size, process_index, process_count, seed=seed)
 
+    @property
+    def eval_tokens(self) -> np.ndarray:
+        """The whole evaluation text, unsigned integers."""
+        if self.config.layout == "rows":
+            raise DataError("data.layout=rows has no running evaluation text; choose blocks")
+        return self._tokens[1].ids
+
     def eval_batch(self, size: int, index: int) -> Batch | None:
         return eval_batch(self.eval_source, size, index)
 

@@ -8,15 +8,18 @@ tokens, compares models with different tokenizers.
 
 from collections.abc import Sequence
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...models import params as params_lib
-from ...models.delta_product import DeltaProductConfig, DeltaProductLM
+from ...models import generation, params as params_lib
+from ...models.delta_product import DeltaProductConfig, DeltaProductLM, empty_cache
 from ..config import Config, build as build_part
+from ..data.pipeline import DataError
 from ..data.text import Corpus, TextConfig
+from ..long_context import measure, write_report
 from ..task import Aux, Task
 from .scoring import score
 
@@ -75,25 +78,79 @@ def build(config: Config) -> Task:
         del extra, keys
         return sums(params, batch)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def generate(params, key, n: int):
-        """[n, T] tokens drawn one after another, beginning a document."""
-        apply = functools.partial(module.apply, {"params": params})
-        logits_nTS, cache = apply(jnp.full((n, 1), start, jnp.int32))
+    def apply(params, ids, mask, cache):
+        return module.apply({"params": params}, ids, mask=mask, cache=cache, last_only=True)
 
-        def draw(carry, key):
-            logits_nS, cache = carry
-            tokens_n = jax.random.categorical(key, logits_nS[:, : tokenizer.vocab_size])
-            logits_nTS, cache = apply(tokens_n[:, None], cache=cache)
-            return (logits_nTS[:, -1], cache), tokens_n
-
-        keys = jax.random.split(key, data.length)
-        _, tokens_Tn = jax.lax.scan(draw, (logits_nTS[:, -1], cache), keys)
-        return tokens_Tn.T
-
-    def sample(params, extra, key, n: int) -> np.ndarray:
+    def complete(
+        params,
+        extra,
+        key,
+        prompts: Sequence[str],
+        *,
+        sampling: generation.Sampling,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        stop_at_end: bool = True,
+    ) -> generation.Generated:
+        """Continues texts; an empty one begins a document."""
         del extra
-        return np.asarray(generate(params, key, n))
+        ends = [[tokenizer.end]] if stop_at_end and tokenizer.end is not None else []
+        return generation.generate(
+            apply,
+            params,
+            functools.partial(empty_cache, model),
+            [encode(text) if text else np.asarray([start], np.int32) for text in prompts],
+            key,
+            vocab_size=tokenizer.vocab_size,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stops=[*ends, *(encode(text).tolist() for text in stops)],
+        )
+
+    def encode(text: str) -> np.ndarray:
+        """Tokens of a text; a DataError if the vocabulary has no token for some of it."""
+        ids = tokenizer.encode(text)
+        unknown = getattr(tokenizer, "unknown", None)
+        if unknown is not None and (ids == unknown).any():
+            characters = sorted({text[i] for i in np.flatnonzero(ids == unknown)})
+            raise DataError(
+                f"the model has no token for {', '.join(map(repr, characters))}: its vocabulary is"
+                " the characters of its training text"
+            )
+        return ids
+
+    def sample(params, extra, key, n: int) -> list[np.ndarray]:
+        """n rows of ``data.length`` tokens that begin a document."""
+        free = {"sampling": generation.Sampling(), "stop_at_end": False}
+        return complete(params, extra, key, [""] * n, max_tokens=data.length, **free).tokens
+
+    def long_context(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
+        """Loss and effective rank over positions, up to 32 times the training length and beyond."""
+        del extra
+        length = length or 32 * data.length
+        length -= length % data.length
+        ids = corpus.eval_tokens
+        if length < 1 or len(ids) < length + 1:
+            raise DataError(
+                f"--length must be {data.length} to {len(ids) - 1} tokens: the evaluation text has"
+                f" {len(ids)}; set data.eval_path in the run's config for a longer one"
+            )
+        rows = min(rows, (len(ids) - 1) // length)
+        starts = np.arange(rows)[:, None] * length
+        found = measure(
+            lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache),
+            params,
+            empty_cache(model, rows),
+            lambda cache: jnp.stack([layer.state for layer in cache]),
+            ids[starts + np.arange(length + 1)[None]],
+            data.length,
+        )
+        per_token, unit = np.log(2.0), "bits per token"
+        if tokenizer.byte_lengths is not None:
+            used = ids[: rows * length + 1]
+            per_token *= float(tokenizer.byte_lengths[used].mean())
+            unit = "bits per byte"
+        return write_report(found, float(per_token), unit, data.length, folder)
 
     def render(samples: Sequence[np.ndarray]) -> str:
         parts = [f"--- {i} ---\n{tokenizer.decode(ids)}" for i, ids in enumerate(samples)]
@@ -115,4 +172,7 @@ def build(config: Config) -> Task:
         eval_data=functools.partial(corpus.eval_batch, size),
         sample=sample,
         render=render,
+        complete=complete,
+        decode=tokenizer.decode,
+        analyses={"long_context": long_context},
     )
