@@ -31,7 +31,7 @@ CACHE = flags.DEFINE_string(
 
 
 def define_config():
-    """Defines --config, the path of a config file, and --config.KEY overrides."""
+    """Defines --config, a config file or FILE:ARGUMENT, and --config.KEY overrides."""
     return config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 
 
@@ -130,11 +130,12 @@ def _check_overrides(argv: list[str]) -> None:
         if overrides:
             raise ConfigError("--config.KEY needs --config=FILE")
         return
-    if not pathlib.Path(path).is_file():
-        folder = pathlib.Path(path).parent
+    file = path.partition(":")[0]
+    if not pathlib.Path(file).is_file():
+        folder = pathlib.Path(file).parent
         near = sorted(str(p) for p in folder.glob("*.py") if not p.name.startswith("_"))
         raise ConfigError(
-            f"--config {path} does not exist"
+            f"--config {file} does not exist"
             + (f"; there are {', '.join(near)}" if near else f" (current folder: {os.getcwd()})")
         )
     known = list(flatten(load(path).to_dict()))
@@ -147,13 +148,21 @@ def _check_overrides(argv: list[str]) -> None:
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """Runs a config file's get_config."""
+    """Runs a config file's get_config; FILE:ARGUMENT passes it the argument.
+
+    Raises:
+      ConfigError: if the file is no Python file, or rejects its argument.
+    """
+    path, colon, argument = path.partition(":")
     spec = importlib.util.spec_from_file_location("scanax_config_file", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        return module.get_config(argument) if colon else module.get_config()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--config {path}{colon}{argument}: {error}") from error
 
 
 def _fail(error: BaseException, code: int) -> None:
