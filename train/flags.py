@@ -5,13 +5,14 @@ compiled or written. It wraps ``config_flags``, which reports a mistyped key as 
 AttributeError and passes over stray arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import importlib.util
 import logging
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging as absl_logging
 import jax
@@ -163,6 +164,13 @@ def load(path: str) -> ml_collections.ConfigDict:
         return module.get_config(argument) if colon else module.get_config()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--config {path}{colon}{argument}: {error}") from error
+
+
+def overrides(path: str, values: Mapping[str, Any]) -> list[str]:
+    """The flags that turn what a config file returns into ``values``."""
+    original = flatten(load(path).to_dict())
+    changed = {k: v for k, v in flatten(values).items() if v != original[k]}
+    return [f"--config.{key}={value}" for key, value in changed.items()]
 
 
 def _fail(error: BaseException, code: int) -> None:

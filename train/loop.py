@@ -76,7 +76,7 @@ def train(
 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
-        _write_config(workdir, config)
+        write_config(workdir, config)
     shapes = state_lib.shapes(task, config)
     logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
 
@@ -85,7 +85,7 @@ def train(
     if restored is not None:
         _continue(data, restored, allow_data_change)
     state, first_step = _start(task, config, shardings, restored)
-    _write_config(workdir, config)  # a changed config replaces the old one once it has worked
+    write_config(workdir, config)  # a changed config replaces the old one once it has worked
     step_fn = jit_step(make_step(task, config, mesh), shardings, mesh)
     watch = CompilationWatch(step_fn, "the training step")
     evaluate = evaluation.make_evaluator(task, config, mesh)
@@ -181,7 +181,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_change: bool) -> 
         )
 
 
-def _write_config(workdir: pathlib.Path, config: Config) -> None:
+def write_config(workdir: pathlib.Path, config: Config) -> None:
     """config.json, whole or not at all: a run may be killed at any moment."""
     if jax.process_index() != 0:
         return

@@ -155,7 +155,7 @@ def expand(
     Raises:
       ConfigError: for an unknown key, a value of the wrong type, or an impossible config.
     """
-    known, original = flatten(base.to_dict()), flatten(flags_lib.load(file).to_dict())
+    known = flatten(base.to_dict())
     keys = [key for axis in axes for key in axis[0]]
     for key in keys:
         if key not in known:
@@ -172,11 +172,7 @@ def expand(
             if seed == 0:
                 tasks.build(frozen)
             folder = workdir / label(cell) / f"seed_{seed}"
-            overrides = [
-                f"--config.{key}={value}"
-                for key, value in flatten(config.to_dict()).items()
-                if value != original[key]
-            ]
+            overrides = flags_lib.overrides(file, config.to_dict())
             command = [*MAIN, f"--config={file}", f"--workdir={folder}", *overrides]
             runs.append(Run(cell, seed, frozen, folder, command))
     if len({run.folder for run in runs}) < len(runs) or len(set(keys)) < len(keys):

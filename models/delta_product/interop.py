@@ -1,12 +1,16 @@
 """The published checkpoints of DeltaProduct: flash-linear-attention names and configuration.
 
 Rows of the k, v and b projections are ordered (n, h, d), Householder step outermost, which
-is our order too: every tensor is one parameter, at most transposed. Not covered: the layout
-of the paper's first repository (``k_projs.0`` ...), hybrids with attention layers.
+is our order too: every tensor is one parameter, at most transposed. The paper's own
+repository of 2025 keeps a tensor per step (``k_projs.0``, ``k_projs.1``, ...), which ``join_steps``
+and ``split_steps`` translate. Not covered: hybrids with attention layers.
 """
 
 from collections.abc import Mapping
+import re
 from typing import Any
+
+import numpy as np
 
 from ..layout import Leaf, depthwise, linear, matrix, vector
 from .config import DeltaProductConfig
@@ -40,7 +44,7 @@ SUPPORTED = {
     "attnres_block_size": (None,),
     "elementwise_affine": (None, True),
     "conv_bias": (None, False),
-    "use_gate": (None,),  # the first repository's name of use_output_gate: another layout
+    "use_gate": (None,),  # the 2025 repository's name of use_output_gate: another naming
 }
 
 
@@ -66,6 +70,87 @@ def config_from_fla(config: Mapping[str, Any], dtype: str) -> DeltaProductConfig
     fields["num_v_heads"] = fields["num_v_heads"] or 0
     ours = {"activation": "silu", "remat": False, "implementation": "auto"}
     return DeltaProductConfig(**fields, **ours, dtype=dtype, param_dtype=dtype)
+
+
+def config_to_fla(c: DeltaProductConfig) -> dict[str, Any]:
+    """Our configuration as the published one.
+
+    Raises:
+      ValueError: if the published model has no such option.
+    """
+    if c.activation != "silu" or c.value_heads != c.num_heads:
+        raise ValueError(
+            f"the published model has activation silu and as many value heads as heads; got"
+            f" {c.activation}, {c.value_heads} and {c.num_heads}"
+        )
+    shared = {name: getattr(c, name) for name in DEFAULTS if hasattr(c, name)}
+    del shared["num_v_heads"]
+    return {
+        **shared,
+        "model_type": "gated_deltaproduct",
+        "architectures": ["GatedDeltaProductForCausalLM"],
+        "intermediate_size": c.mlp_size,
+        "hidden_act": "swish",
+        "torch_dtype": c.param_dtype,
+    }
+
+
+# Tensors with one entry per step in the 2025 repository, and whether the model uses them all.
+_PER_STEP = {"k_proj": True, "v_proj": True, "b_proj": True}
+_PER_STEP |= {"k_conv1d": True, "v_conv1d": True, "q_conv1d": False}
+
+
+def join_steps(
+    tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and configuration of the 2025 repository, under the present names.
+
+    ``q_conv1ds`` beyond the first are parameters that its model never uses; they are dropped.
+
+    Raises:
+      ValueError: if a step's tensor is missing.
+    """
+    config = {**config, "use_output_gate": config.get("use_gate", True)}
+    config.pop("use_gate", None)
+    steps = config.get("num_householder") or DEFAULTS["num_householder"]
+    joined, parts = {}, {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(.*\.)(\w+)s\.(\d+)\.weight", name)
+        if found and found[2] in _PER_STEP:
+            parts.setdefault((found[1], found[2]), {})[int(found[3])] = np.asarray(tensor)
+        else:
+            joined[name] = tensor
+    for (prefix, kind), by_step in parts.items():
+        needed = range(steps) if _PER_STEP[kind] else range(1)
+        missing = [f"{prefix}{kind}s.{j}.weight" for j in needed if j not in by_step]
+        extra = [f"{prefix}{kind}s.{j}.weight" for j in by_step if j >= steps]
+        if missing or extra:
+            raise ValueError(
+                f"config num_householder={steps}, but tensor"
+                f" {'missing' if missing else 'not expected'}: {', '.join(missing or extra)}"
+            )
+        joined[f"{prefix}{kind}.weight"] = np.concatenate([by_step[j] for j in needed])
+    return joined, config
+
+
+def split_steps(
+    tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inverse of :func:`join_steps`; unused ``q_conv1ds`` are copies of the first."""
+    steps = config.get("num_householder") or DEFAULTS["num_householder"]
+    split = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind not in _PER_STEP:
+            split[name] = tensor
+            continue
+        parts = np.split(tensor, steps) if _PER_STEP[kind] else [tensor] * steps
+        for j, part in enumerate(parts):
+            split[f"{prefix}.{kind}s.{j}.weight"] = np.ascontiguousarray(part)
+    config = dict(config)
+    if "use_output_gate" in config:
+        config["use_gate"] = config.pop("use_output_gate")
+    return split, config
 
 
 def model_table(c: DeltaProductConfig) -> dict[str, Leaf]:

@@ -4,7 +4,8 @@
     module, params = from_torch("fla_delta_product", tensors, config)
     logits, cache = module.apply({"params": params}, ids)
 
-Files are not read or fetched here, and nothing of torch is imported.
+Files are not read or fetched here, and nothing of torch is imported; the command that converts
+files is ``python -m scanax.models.interop``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +15,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from . import layout
-from .delta_product import DeltaProductLM, interop as delta_product
+from .. import layout
+from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -26,18 +27,37 @@ class Family:
 
     Attributes:
       config: (published config, dtype) -> our config.
+      config_class: of our config.
       table: (our config) -> checkpoint name -> ``Leaf``.
       module: (our config) -> module.
+      public_config: (our config) -> published config, the inverse of ``config``.
+      tasks: of ``train/tasks`` that train such a model.
+      read, write: (tensors, published config) -> the same under the names of ``table``, and back;
+        None where these are the checkpoint's own.
     """
 
     config: Callable[[Mapping[str, Any], str], Any]
+    config_class: type
     table: Callable[[Any], Mapping[str, layout.Leaf]]
     module: Callable[[Any], nn.Module]
+    public_config: Callable[[Any], dict[str, Any]]
+    tasks: tuple[str, ...]
+    read: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
+    write: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
 
+_DELTA_PRODUCT = Family(
+    delta_product.config_from_fla,
+    DeltaProductConfig,
+    delta_product.model_table,
+    DeltaProductLM,
+    delta_product.config_to_fla,
+    ("language_model", "word_problem", "formal_language"),
+)
 FAMILIES = {
-    "fla_delta_product": Family(
-        delta_product.config_from_fla, delta_product.model_table, DeltaProductLM
+    "fla_delta_product": _DELTA_PRODUCT,
+    "official_delta_product": dataclasses.replace(
+        _DELTA_PRODUCT, read=delta_product.join_steps, write=delta_product.split_steps
     ),
 }
 
@@ -60,7 +80,9 @@ def from_torch(
       ValueError: if the family is unknown, the configuration is not supported, or a tensor is
         missing, left over or of the wrong shape; the message names it.
     """
-    entry = _family(family)
+    entry = find(family)
+    if entry.read is not None:
+        tensors, config = entry.read(tensors, config)
     ours = entry.config(config, _compute_dtype(tensors))
     return entry.module(ours), layout.load(entry.table(ours), tensors)
 
@@ -73,11 +95,15 @@ def to_torch(family: str, params: Any, config: Mapping[str, Any]) -> dict[str, n
     Raises:
       ValueError: as :func:`from_torch`, about parameters instead of tensors.
     """
-    entry = _family(family)
-    return layout.dump(entry.table(entry.config(config, DTYPES[0])), params)
+    entry, public = find(family), config
+    if entry.read is not None:
+        _, config = entry.read({}, config)
+    tensors = layout.dump(entry.table(entry.config(config, DTYPES[0])), params)
+    return dict(entry.write(tensors, public)[0]) if entry.write is not None else tensors
 
 
-def _family(name: str) -> Family:
+def find(name: str) -> Family:
+    """The family of a name; a ValueError that lists them if there is none."""
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]

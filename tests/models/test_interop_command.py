@@ -1,0 +1,147 @@
+"""The converting command: published checkpoint -> run -> training -> published, and mistakes."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from scanax.models import interop
+from scanax.models.delta_product.interop import join_steps, split_steps
+import scanax.train
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "--config=configs/word_problem_s3.py"
+SHORT = (
+    "--config.num_steps=4",
+    "--config.optimizer.warmup_steps=1",
+    "--config.batch_size=4",
+    "--config.data.length=8",
+    "--config.data.curriculum_lengths=(8,)",
+    "--config.data.curriculum_steps=(0,)",
+    "--config.data.eval_lengths=(8,)",
+    "--config.evaluation.batch_size=4",
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        **{"cwd": ROOT, "text": True, "timeout": 300},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, *arguments: str):
+    return run("scanax.models.interop", f"--from={source}", f"--to={target}", *arguments)
+
+
+@pytest.fixture
+def published(golden, tmp_path):
+    """A golden model as a folder that could have been downloaded, its tensors and config."""
+    arrays = np.load(golden / "deltaproduct/model_gated_nh2_2layer.npz")
+    tensors = {n.removeprefix("param."): arrays[n] for n in arrays if n.startswith("param.")}
+    config = json.loads(str(arrays["config"]))
+    return write(tmp_path / "published", tensors, config), tensors, config
+
+
+def write(folder: pathlib.Path, tensors, config) -> pathlib.Path:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_convert_train_convert_back(published, tmp_path):
+    folder, tensors, config = published
+    made = convert(folder, tmp_path / "run", CONFIG, *SHORT)
+    assert made.returncode == 0, made.stdout
+    start = scanax.train.load(tmp_path / "run")
+    assert start.step == 0
+    back = interop.to_torch("fla_delta_product", start.params, config)
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+
+    command = shlex.split(made.stdout.strip().splitlines()[-1])
+    trained = run(*command[2:])
+    assert trained.returncode == 0, trained.stdout
+    end = scanax.train.load(tmp_path / "run")
+    assert end.step == 4
+    exported = convert(tmp_path / "run", tmp_path / "export")
+    assert exported.returncode == 0, exported.stdout
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    public = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert after.keys() == tensors.keys()
+    assert any(not np.array_equal(after[name], tensors[name]) for name in tensors)
+    module, params = interop.from_torch("fla_delta_product", after, public)
+    jax.tree.map(np.testing.assert_array_equal, params, end.params)
+    given = {k: v for k, v in config.items() if k in public and v is not None}
+    assert {k: public[k] for k in given} == given
+    ids = jnp.arange(6)[None]
+    assert np.isfinite(module.apply({"params": params}, ids)[0]).all()
+
+
+def test_naming_of_2025_and_back(published, tmp_path):
+    _, tensors, config = published
+    per_step, old_config = split_steps(tensors, config)
+    name = "model.layers.1.attn.k_projs.1.weight"
+    rows = tensors["model.layers.1.attn.k_proj.weight"]
+    np.testing.assert_array_equal(per_step[name], rows[len(rows) // 2 :])
+    assert "use_output_gate" not in old_config and old_config["use_gate"] is True
+    assert {k: np.asarray(v).tobytes() for k, v in join_steps(per_step, old_config)[0].items()} == {
+        k: v.tobytes() for k, v in tensors.items()
+    }
+    new, old = (
+        interop.from_torch(family, x, c)[1]
+        for family, x, c in (
+            ("fla_delta_product", tensors, config),
+            ("official_delta_product", per_step, old_config),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    again = interop.to_torch("official_delta_product", old, old_config)
+    assert again.keys() == per_step.keys()
+    assert all(np.array_equal(again[k], per_step[k]) for k in again)
+
+    old_folder = write(tmp_path / "old", per_step, old_config)
+    result = convert(old_folder, tmp_path / "new", "--dtype=bfloat16")
+    assert result.returncode == 0, result.stdout
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, tensors[key].astype(jnp.bfloat16), key)
+    del per_step[name]
+    with pytest.raises(ValueError, match=rf"num_householder=2, but tensor missing: {name}"):
+        join_steps(per_step, old_config)
+
+
+def test_mistakes(published, tmp_path):
+    folder, tensors, config = published
+    missing = {name: tensor for name, tensor in tensors.items() if "norm" not in name}
+    incomplete = write(tmp_path / "incomplete", missing, config)
+    damaged = write(tmp_path / "damaged", tensors, config)
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:1000])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    new = tmp_path / "new"
+    cases = [
+        ((incomplete, new), r"tensor missing: model\.layers\.0\.attn\.o_norm\.weight"),
+        ((damaged, new), "model.safetensors cannot be read"),
+        ((empty, new), "has no config.json"),
+        ((folder, folder), "give a new folder"),
+        ((folder, new, "--config=configs/digits_mlp.py"), "has no fla_delta_product"),
+    ]
+    for arguments, message in cases:
+        result = convert(*arguments)
+        assert result.returncode == 2, result.stdout
+        assert re.search(message, result.stdout), result.stdout
+        assert "Traceback" not in result.stdout and not new.exists()
