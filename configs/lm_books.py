@@ -16,7 +16,7 @@ from scanax.configs import base, datasets
 
 def get_config():
     config = base.get_config("language_model")
-    config.num_steps = 1500
+    config.num_steps = 1000
     config.batch_size = 8
 
     config.model.hidden_size = 128

@@ -5,11 +5,13 @@
 A shape is B,T,H,K,V,N. Repetitions of all implementations are interleaved, so that a busy
 machine hurts them alike: quote the ratios, not the times. The GEMM floor is the time that the
 operation's FLOPs would take at the rate of a large float32 matrix product of the same run.
+Implementations of other packages run beside ours where they are installed (``peers.py``), after
+their outputs have been compared with ours.
 FLOPs are those of the definition: per token and head 4 K V for each Householder step (read
 and write of the state) and 4 K V for decay and read; backward counted as twice the forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import statistics
 import sys
@@ -19,8 +21,9 @@ from typing import Any
 from absl import app, flags
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from . import delta_product
+from . import delta_product, peers
 from .delta_product.api import IMPLEMENTATIONS
 
 SHAPES = flags.DEFINE_string(
@@ -28,6 +31,7 @@ SHAPES = flags.DEFINE_string(
 )
 GATED = flags.DEFINE_bool("gated", True, "With a log decay per token.")
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
+PEERS = flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
 OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 GEMM_SIZE = 2048
 
@@ -43,7 +47,10 @@ def main(argv: list[str]) -> None:
         print(f"error: --shapes: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
-    rows = [row for shape in shapes for row in benchmark(shape, GATED.value, REPETITIONS.value)]
+    others = peers.installed() if PEERS.value else {}
+    rows = [
+        row for shape in shapes for row in benchmark(shape, GATED.value, REPETITIONS.value, others)
+    ]
     print(table(rows))
     if OUT.value:
         with open(OUT.value, "w") as file:
@@ -69,8 +76,17 @@ def flops(shape: Shape) -> float:
     return 4.0 * batch * tokens * heads * key_dim * value_dim * (steps + 1)
 
 
-def benchmark(shape: Shape, gated: bool, repetitions: int) -> list[dict[str, Any]]:
-    """Rows for forward and forward+backward of every implementation at one shape."""
+def benchmark(
+    shape: Shape,
+    gated: bool,
+    repetitions: int,
+    others: Mapping[str, Callable[..., peers.Timed]],
+) -> list[dict[str, Any]]:
+    """Rows for forward and forward+backward of every implementation at one shape.
+
+    Raises:
+      RuntimeError: if another package's outputs are not ours to 1e-3 of the largest.
+    """
     arguments = inputs(shape, gated)
     a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -78,6 +94,13 @@ def benchmark(shape: Shape, gated: bool, repetitions: int) -> list[dict[str, Any
         forward, both = functions(name)
         calls["forward", name] = lambda f=forward: f(*arguments)
         calls["forward+backward", name] = lambda f=both: f(*arguments)
+    ours = np.asarray(functions("xla")[0](*arguments)[0]) if others else np.zeros(0)
+    for name, peer in others.items():
+        forward, both = peer(*(None if x is None else np.asarray(x) for x in arguments))
+        error = np.abs(forward() - ours).max() / np.abs(ours).max()
+        if not error < 1e-3:
+            raise RuntimeError(f"{name} and ours differ by {error:.2g} of the largest output")
+        calls["forward", name], calls["forward+backward", name] = forward, both
     gemm = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
     calls["gemm", ""] = lambda: gemm(a)
 
@@ -107,6 +130,7 @@ def benchmark(shape: Shape, gated: bool, repetitions: int) -> list[dict[str, Any
                 "gemm_gflops_per_second": rate / 1e9,
                 "over_floor": value / (work / rate),
                 "reference_over_this": median[what, "reference"] / value,
+                "peer_over_this": {other: median[what, other] / value for other in others},
             }
         )
     return rows
@@ -147,11 +171,10 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| B,T,H,K,V,N | | implementation | GFLOP | ms (fastest) | over GEMM floor"
-        " | reference / this | compile s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    others = list(rows[0]["peer_over_this"]) if rows else []
+    head = ["B,T,H,K,V,N", "", "implementation", "GFLOP", "ms (fastest)", "over GEMM floor"]
+    head += ["reference / this", *(f"{name} / this" for name in others), "first call s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = (
             ",".join(map(str, row["shape"])) + ("" if row["gated"] else " ungated"),
@@ -161,6 +184,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['milliseconds']:.1f} ({row['fastest_milliseconds']:.1f})",
             f"{row['over_floor']:.1f}",
             f"{row['reference_over_this']:.2f}",
+            *(f"{row['peer_over_this'][name]:.2f}" for name in others),
             f"{row['compile_seconds']:.1f}",
         )
         lines.append("| " + " | ".join(cells) + " |")

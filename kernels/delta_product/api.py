@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import dispatch
 from ..dtypes import accumulation_dtype
@@ -36,8 +37,8 @@ def delta_product(
       q: [B, T, H, K] queries. q and k are expected to be normalised by the caller.
       k: [B, T, N, H, K] keys, step j = 0 is applied first. N is read from the shape.
       v: [B, T, N, H, V] values.
-      beta: [B, T, N, H] step sizes. [0, 1] contracts, (1, 2] reflects as well; the range is
-        not checked here because values are not known under jit.
+      beta: [B, T, N, H] step sizes in [0, 2]: [0, 1] contracts, (1, 2] reflects as well. The
+        range is checked where values are known, which is not so under jit, grad or vmap.
       g: [B, T, H] log decay (<= 0), one per token, applied before the first step; or None.
       scale: factor on o; K**-0.5 if None.
       initial_state: [B, H, K, V]; zeros if None. It belongs to the first token's segment.
@@ -50,7 +51,8 @@ def delta_product(
       state: [B, H, K, V] after the last token, float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or the named implementation cannot run.
+      ValueError: if shapes or dtypes do not fit, beta is known to leave its range, or the named
+        implementation cannot run.
     """
     _check(q, k, v, beta, g, initial_state, segment_ids, chunk_size)
     batch, _, heads, key_dim = q.shape
@@ -128,5 +130,11 @@ def _check(q, k, v, beta, g, state, segment_ids, chunk_size):
         kind = jnp.integer if name == "segment_ids" else jnp.floating
         if not jnp.issubdtype(array.dtype, kind):
             raise ValueError(f"delta_product: {name} must be {kind.__name__}, got {array.dtype}")
+    known = isinstance(beta, np.ndarray | jax.Array) and not isinstance(beta, jax.core.Tracer)
+    if known and not (0 <= float(beta.min()) and float(beta.max()) <= 2):
+        raise ValueError(
+            f"delta_product: beta must lie in [0, 2], got {float(beta.min())} to"
+            f" {float(beta.max())}: other step sizes let the state grow without bound"
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"delta_product: chunk_size must be positive, got {chunk_size}")

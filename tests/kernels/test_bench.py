@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from scanax.kernels import bench
+from scanax.kernels import bench, peers
 
 
 def test_rows_and_table():
-    rows = bench.benchmark((1, 12, 2, 4, 8, 2), gated=True, repetitions=2)
+    rows = bench.benchmark((1, 12, 2, 4, 8, 2), gated=True, repetitions=2, others={})
     assert {(row["what"], row["implementation"]) for row in rows} == {
         (what, name) for what in ("forward", "forward+backward") for name in ("reference", "xla")
     }
@@ -19,6 +20,28 @@ def test_rows_and_table():
         if row["implementation"] == "reference":
             assert row["reference_over_this"] == 1
     assert bench.table(rows).count("\n") == len(rows) + 1
+
+
+def test_peers_are_checked_and_timed():
+    def peer(wrong):
+        def make(*arguments):
+            o = np.asarray(bench.delta_product(*arguments)[0]) + wrong
+            return lambda: o, lambda: o
+
+        return make
+
+    rows = bench.benchmark((1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0)})
+    assert {row["implementation"] for row in rows} == {"reference", "xla", "package"}
+    assert all(row["peer_over_this"]["package"] > 0 for row in rows)
+    assert "| package / this |" in bench.table(rows)
+    with pytest.raises(RuntimeError, match="package and ours differ by"):
+        bench.benchmark((1, 6, 1, 4, 4, 2), False, 1, {"package": peer(1.0)})
+
+
+def test_peer_of_transformers_is_the_same_operation():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    bench.benchmark((2, 70, 2, 8, 8, 2), True, 1, {"transformers": peers.transformers})
 
 
 def test_command_line(tmp_path):

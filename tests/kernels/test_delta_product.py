@@ -166,6 +166,18 @@ def test_chunk_size_does_not_matter(chunk_size):
     np.testing.assert_allclose(actual[1], expected[1], atol=2e-6)
 
 
+def test_known_step_sizes_outside_their_range_are_refused():
+    shape = (1, 2, 1, 1)
+    x = jnp.ones((*shape, 4))
+    for beta in (-0.1, 2.01, float("nan")):
+        with pytest.raises(ValueError, match=r"beta must lie in \[0, 2\]"):
+            delta_product(x[:, :, 0], x, x, jnp.full(shape, beta))
+        step = (x[:, 0, 0], x[:, 0], x[:, 0], jnp.full(shape[:1] + shape[2:], beta))
+        with pytest.raises(ValueError, match=r"beta must lie in \[0, 2\]"):
+            delta_product_step(*step, None, jnp.zeros((1, 1, 4, 4)))
+    jax.jit(delta_product)(x[:, :, 0], x, x, jnp.full(shape, 3.0))  # not known, not checked
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_beta_two_reflects_and_beta_zero_does_nothing(implementation):
     """Two equal reflections cancel; with beta 0 the state stays, bit for bit."""

@@ -75,7 +75,7 @@ def build(config: Config) -> Task:
     train_words = Words(spoken, data.seed, _pair(data.lengths), data.row_tokens)
     single = (_pair(data.eval_lengths), longest + 2, True)
     eval_words = Words(spoken, EVAL_STREAM + config.evaluation.seed, *single)
-    edges = np.linspace(shortest, longest + 1, BINS + 1)
+    edges = np.linspace(shortest, longest + 1, BINS + 1).round().astype(np.int32)
     chance = 1 / spoken.modulus
 
     def init(key: jax.Array):
@@ -144,7 +144,7 @@ def build(config: Config) -> Task:
         render=render,
         curve=Curve(
             metric="accuracy_by_length",
-            x=tuple((edges[:-1] + edges[1:]) / 2),
+            x=tuple((edges[:-1] + edges[1:] - 1) / 2),
             x_label="word length (middle of the bin)",
             y_label="words answered right",
             marks={"longest in training": data.lengths[1]},

@@ -119,10 +119,11 @@ def build(config: Config) -> Task:
             )
         return ids
 
-    def sample(params, extra, key, n: int) -> list[np.ndarray]:
-        """n rows of ``data.length`` tokens that begin a document."""
+    def sample(params, extra, key, n: int) -> np.ndarray:
+        """[n, data.length] tokens, each row beginning a document."""
         free = {"sampling": generation.Sampling(), "stop_at_end": False}
-        return complete(params, extra, key, [""] * n, max_tokens=data.length, **free).tokens
+        rows = complete(params, extra, key, [""] * n, max_tokens=data.length, **free).tokens
+        return np.stack(rows)
 
     def long_context(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
         """Loss and effective rank over positions, up to 32 times the training length and beyond."""
