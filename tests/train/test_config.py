@@ -13,7 +13,9 @@ from scanax.train.data import tokenizer as tokenizers
 from scanax.train.loop import param_table, place
 
 CONFIGS = ("word_problem_s3", "word_problem_s3_long", "lm_embedded", "lm_characters", "lm_bpe")
-CONFIGS += ("digits_mlp",)
+CONFIGS += ("lm_books", "lm_fineweb", "digits_mlp")
+CONFIGS += ("word_problem_s4", "word_problem_a5", "word_problem_s5")
+CONFIGS += ("parity", "modular_arithmetic", "modular_arithmetic_brackets")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
 
 
@@ -26,7 +28,8 @@ def files(tmp_path, monkeypatch) -> None:
     (tmp_path / "gutenberg").mkdir()
     book = f"*** START OF THE PROJECT\n{text}\n*** END OF THE PROJECT\n"
     (tmp_path / "gutenberg" / "book.txt").write_text(book)
-    tokenizers.train_bpe([text], 260, tmp_path / "runs" / "tokenizer.json")
+    for folder in ("runs", "mistral"):
+        tokenizers.train_bpe([text], 260, tmp_path / folder / "tokenizer.json")
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
