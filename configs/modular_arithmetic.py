@@ -8,11 +8,10 @@ from scanax.configs import parity
 
 def get_config():
     config = parity.get_config()
-    config.num_steps = 4000
-    config.model.hidden_size = 128
+    config.num_steps = 2000
+    config.batch_size = 8
     config.model.num_hidden_layers = 2
     config.model.num_heads = 4
-    config.model.intermediate_size = 256
     config.model.use_short_conv = True
     config.model.use_forget_gate = True
     config.model.use_output_gate = True

@@ -18,8 +18,10 @@ def transformers(q, k, v, beta, g) -> Timed:
     It knows one delta step per token, so that the N steps become N tokens: queries are zero but
     at the last, decays zero but at the first.
     """
-    import torch
-    from transformers.models.qwen3_next import modeling_qwen3_next as published
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers.models.qwen3_next import (  # pyright: ignore[reportMissingImports]
+        modeling_qwen3_next as published,
+    )
 
     batch, tokens, heads, key_dim = q.shape
     steps = k.shape[2]

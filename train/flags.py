@@ -166,6 +166,14 @@ def load(path: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config {path}{colon}{argument}: {error}") from error
 
 
+def config_file() -> tuple[str, ml_collections.ConfigDict]:
+    """--config as it was written, and its value with overrides; a ConfigError if not given."""
+    flag: Any = flags.FLAGS["config"]
+    if flag.value is None:
+        raise ConfigError("--config is required")
+    return flag.config_filename, flag.value
+
+
 def overrides(path: str, values: Mapping[str, Any]) -> list[str]:
     """The flags that turn what a config file returns into ``values``."""
     original = flatten(load(path).to_dict())

@@ -154,7 +154,7 @@ def _draw_rank(found: dict[str, np.ndarray], trained: int, path: pathlib.Path) -
     """The effective rank over positions: a panel per layer, a line per head."""
     layers, heads = found["rank"].shape[1:]
     figure = Figure(figsize=(4 * layers, 3.5), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, layers, sharey=True))
+    panels = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(panels):
         for head in range(heads):
             axes.plot(found["position"], found["rank"][:, layer, head], label=f"head {head}")

@@ -8,7 +8,6 @@ Language models continue prompts, of any number and any lengths, --num times eac
       --num 2 --max_tokens 200 --temperature 0.8 --top_p 0.95 [--stop "\\n\\n"]
 """
 
-import dataclasses
 import pathlib
 
 from absl import flags
@@ -42,7 +41,11 @@ def main() -> None:
         raise ConfigError("a prompt is empty; leave it out to begin a document")
     try:
         sampling = Sampling(
-            **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
+            temperature=TEMPERATURE.value,
+            top_k=TOP_K.value,
+            top_p=TOP_P.value,
+            min_p=MIN_P.value,
+            repetition_penalty=PENALTY.value,
         )
     except ValueError as error:
         raise ConfigError(f"--{error}") from error

@@ -85,13 +85,11 @@ class Run:
 
 
 def main() -> None:
-    flag = flags.FLAGS["config"]
-    if flag.value is None:
-        raise ConfigError("--config is required")
+    file, base = flags_lib.config_file()
     workdir = flags_lib.workdir()
     solved = Condition.parse(SOLVED.value) if SOLVED.value else None
     axes = [parse_axis(text) for text in GRID.value]
-    runs = expand(flag.config_filename, flag.value, axes, SEEDS.value, workdir)
+    runs = expand(file, base, axes, SEEDS.value, workdir)
     for run in runs:
         loop.check_workdir(run.folder, run.config, allow_change=False)
     left = [run for run in runs if not run.done()]

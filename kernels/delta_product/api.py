@@ -1,6 +1,7 @@
 """Public functions of the DeltaProduct scan: argument checks, then dispatch."""
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -85,9 +85,9 @@ def import_run(
 ) -> None:
     """A published checkpoint as step 0 of a new run."""
     module, params = interop.from_torch(family, tensors, public)
-    flag = flags.FLAGS["config"]
+    file, base = flags_lib.config_file()
     sizes = {k: v for k, v in dataclasses.asdict(module.config).items() if k not in OURS}
-    values = flag.value.to_dict()
+    values = base.to_dict()
     if values["task"] not in interop.find(family).tasks:
         raise ConfigError(f"--config is of task {values['task']}, which has no {family}")
     values["model"] |= sizes
@@ -105,8 +105,8 @@ def import_run(
     checkpoints.wait()
     checkpoints.close()
     print(f"{params_lib.count(params):,} parameters written to {target}; train on with")
-    overrides = flags_lib.overrides(flag.config_filename, values)
-    where = [f"--config={flag.config_filename}", f"--workdir={target}"]
+    overrides = flags_lib.overrides(file, values)
+    where = [f"--config={file}", f"--workdir={target}"]
     print(shlex.join(["python", "-m", "scanax.train.main", *where, *overrides]))
 
 

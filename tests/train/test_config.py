@@ -25,9 +25,10 @@ def files(tmp_path, monkeypatch) -> None:
     text = string.printable * 50
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
-    (tmp_path / "gutenberg").mkdir()
     book = f"*** START OF THE PROJECT\n{text}\n*** END OF THE PROJECT\n"
-    (tmp_path / "gutenberg" / "book.txt").write_text(book)
+    for folder in ("gutenberg", "mobydick"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "book.txt").write_text(book)
     for folder in ("runs", "mistral"):
         tokenizers.train_bpe([text], 260, tmp_path / folder / "tokenizer.json")
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))

@@ -162,7 +162,7 @@ class Corpus:
         tokens = [
             tokenise(x, self.tokenizer, self.config.end_of_document) for x in (train, evaluation)
         ]
-        unknown = getattr(self.tokenizer, "unknown", None)
+        unknown = self.tokenizer.unknown
         if unknown is not None and (count := int((tokens[1].ids == unknown).sum())):
             logger.warning(
                 "%d characters of the evaluation text are not in the training text", count

@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: ids are below it.
       end: id that ends a document, or None if the vocabulary has none.
+      unknown: id of what the vocabulary cannot express, or None if it can express everything.
       identity: changes whenever the mapping changes.
       byte_lengths: [vocab_size] int32, UTF-8 bytes that each id stands for, for bits per byte;
         None if a token's bytes depend on its neighbours.
@@ -33,6 +34,9 @@ class Tokenizer(Protocol):
 
     @property
     def end(self) -> int | None: ...
+
+    @property
+    def unknown(self) -> int | None: ...
 
     @property
     def identity(self) -> str: ...
@@ -62,7 +66,7 @@ def load(name: str, corpus: Iterable[str]) -> Tokenizer:
 class Bytes:
     """UTF-8 bytes, 0 .. 255, and the end of a document, 256."""
 
-    vocab_size, end, identity = 257, 256, "byte"
+    vocab_size, end, unknown, identity = 257, 256, None, "byte"
     byte_lengths = np.asarray([1] * 256 + [0], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
@@ -109,6 +113,7 @@ class Pieces:
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.end = next((vocab[name] for name in END_NAMES if name in vocab), None)
+        self.unknown = vocab.get(getattr(self._tokenizer.model, "unk_token", None))
         self.identity = f"pieces-{_hash(self._tokenizer.to_str())}"
         self.byte_lengths = None
         if (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel":

@@ -110,12 +110,11 @@ def build(config: Config) -> Task:
     def encode(text: str) -> np.ndarray:
         """Tokens of a text; a DataError if the vocabulary has no token for some of it."""
         ids = tokenizer.encode(text)
-        unknown = getattr(tokenizer, "unknown", None)
-        if unknown is not None and (ids == unknown).any():
-            characters = sorted({text[i] for i in np.flatnonzero(ids == unknown)})
+        if tokenizer.unknown is not None and tokenizer.unknown in ids:
+            strange = [c for c in sorted(set(text)) if tokenizer.unknown in tokenizer.encode(c)]
             raise DataError(
-                f"the model has no token for {', '.join(map(repr, characters))}: its vocabulary is"
-                " the characters of its training text"
+                f"data.tokenizer {data.tokenizer} has no token for"
+                f" {', '.join(map(repr, strange)) or 'part of the text'}: write it without"
             )
         return ids
 
