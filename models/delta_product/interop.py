@@ -110,7 +110,8 @@ def join_steps(
     Raises:
       ValueError: if a step's tensor is missing.
     """
-    config = {**config, "use_output_gate": config.get("use_gate", True)}
+    gate = config.get("use_gate", config.get("use_output_gate", True))
+    config = {**config, "use_output_gate": gate}
     config.pop("use_gate", None)
     steps = config.get("num_householder") or DEFAULTS["num_householder"]
     joined, parts = {}, {}
