@@ -5,7 +5,7 @@ the seed and i only, so two evaluations of the same parameters agree at any step
 resume and on any mesh.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import json
 import pathlib
@@ -59,16 +59,19 @@ def stop_condition(task: Task, config: Config) -> Condition | None:
     if not config.evaluation.stop_when:
         return None
     condition = Condition.parse(config.evaluation.stop_when)
+    check_metrics("evaluation.stop_when", [condition.metric], task, config)
+    return condition
+
+
+def check_metrics(what: str, names: Iterable[str], task: Task, config: Config) -> None:
+    """Raises a ConfigError if the task reports no scalar of such a name; nothing is computed."""
     shapes = state_lib.shapes(task, config)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.evaluation.batch_size))
     sums = jax.eval_shape(task.evaluate, shapes.params, shapes.extra, task.eval_spec, keys)
-    names = [name for name, (value, _) in sums.items() if value.ndim == 0]
-    if condition.metric not in names:
-        raise ConfigError(
-            f"evaluation.stop_when: there is no metric {condition.metric!r}; there are"
-            f" {', '.join(names)}"
-        )
-    return condition
+    known = [name for name, (value, _) in sums.items() if value.ndim == 0]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{what}: there is no metric {name!r}; there are {', '.join(known)}")
 
 
 def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any], Means]:

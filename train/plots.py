@@ -32,17 +32,18 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path) 
     """One line per label: the mean of its curves, between their lowest and highest values.
 
     Args:
-      curves: label -> curves as ``read_curve`` returns them, over the same x.
+      curves: label -> curves as ``read_curve`` returns them, of one metric, each label's over
+        the same x.
       path: the PNG to write.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     first = next(iter(curves.values()))[0]
     for label, several in curves.items():
-        y = np.stack([curve["y"] for curve in several])
-        axes.plot(first["x"], y.mean(axis=0), label=label, linewidth=2)
+        x, y = several[0]["x"], np.stack([curve["y"] for curve in several])
+        axes.plot(x, y.mean(axis=0), label=label, linewidth=2)
         if len(several) > 1:
-            axes.fill_between(first["x"], y.min(axis=0), y.max(axis=0), alpha=0.15)
+            axes.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.15)
     for name, x in first["marks"].items():
         axes.axvline(x, color="grey", linestyle="--", linewidth=1, label=name)
     if first["log_x"]:

@@ -29,7 +29,7 @@ from absl import flags
 import ml_collections
 import numpy as np
 
-from . import flags as flags_lib, loop, plots, tasks
+from . import evaluation, flags as flags_lib, loop, plots, tasks
 from .config import Config, ConfigError, flatten, from_dict, unknown_key
 from .evaluation import Condition
 from .preemption import Preemption
@@ -92,16 +92,21 @@ def main() -> None:
     runs = expand(file, base, axes, SEEDS.value, workdir)
     for run in runs:
         loop.check_workdir(run.folder, run.config, allow_change=False)
+    wanted = [*METRICS.value, *([solved.metric] if solved else [])]
+    first = runs[0].config
+    evaluation.check_metrics("--metrics and --solved", wanted, tasks.build(first), first)
     left = [run for run in runs if not run.done()]
     print(f"{len(runs)} runs in {workdir}, {len(runs) - len(left)} of them done", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     with Preemption() as preemption:
-        failed = execute(left, JOBS.value, preemption, lambda: report(workdir, runs, solved))
+        after = lambda failed: report(workdir, runs, failed, solved)
+        failed = execute(left, JOBS.value, preemption, after)
         if preemption.received is not None:
             preemption.leave("interrupted; the same command continues")
-    print(report(workdir, runs, solved))
+    print(report(workdir, runs, failed, solved))
     if failed:
-        raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed; see {', '.join(failed)}")
+        logs = ", ".join(f"{run.folder}.log" for run in failed)
+        raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed; see {logs}")
 
 
 class SweepFailed(RuntimeError):
@@ -198,12 +203,12 @@ def label(cell: Mapping[str, Any]) -> str:
 
 
 def execute(
-    runs: Sequence[Run], jobs: int, preemption: Preemption, after: Callable[[], Any]
-) -> list[str]:
-    """Runs them, ``jobs`` at a time; returns the logs of those that failed.
+    runs: Sequence[Run], jobs: int, preemption: Preemption, after: Callable[[list[Run]], Any]
+) -> list[Run]:
+    """Runs them, ``jobs`` at a time; returns those that failed.
 
     A signal is passed on: the runs save and end, and no other begins. ``after`` is called
-    whenever a run has ended.
+    with the failed ones whenever a run has ended.
     """
     waiting, failed = list(runs), []
     running: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
@@ -227,10 +232,9 @@ def execute(
             if process.returncode == 0:
                 print(f"{run.label} seed {run.seed}: done", flush=True)
             elif preemption.received is None:
-                log = f"{run.folder}.log"
-                failed.append(log)
-                print(f"{run.label} seed {run.seed}: failed, see {log}", flush=True)
-            after()
+                failed.append(run)
+                print(f"{run.label} seed {run.seed}: failed, see {run.folder}.log", flush=True)
+            after(failed)
         time.sleep(0.2)
     return failed
 
@@ -262,11 +266,15 @@ def share(items: Sequence[Any], slot: int, jobs: int) -> Sequence[Any]:
     return items[slot::jobs] or [items[slot % len(items)]]
 
 
-def report(workdir: pathlib.Path, runs: Sequence[Run], solved: Condition | None) -> str:
-    """Writes results.json, table.md and curves.png of the runs that are done; returns the table."""
+def report(
+    workdir: pathlib.Path, runs: Sequence[Run], failed: Sequence[Run], solved: Condition | None
+) -> str:
+    """Writes results.json, table.md and curves.png of the runs that ended; returns the table."""
     results, curves = [], {}
     for run in runs:
-        if run.done():
+        if run in failed:
+            results.append({"cell": dict(run.cell), "seed": run.seed, "failed": True})
+        elif run.done():
             results.append({"cell": dict(run.cell), "seed": run.seed, **(run.means() or {})})
             curve = plots.read_curve(run.folder)
             if curve is not None:
@@ -285,30 +293,26 @@ def table(
     """A Markdown table, a row per cell: solved seeds, and each metric's mean (lowest to highest).
 
     Args:
-      results: per run the cell, the seed, the last step and the metrics.
+      results: per run the cell, the seed, and the last step and the metrics, or "failed": a
+        run that ended in an error has no metrics and counts as not solved.
       metrics: the columns; all metrics if empty.
       solved: when a run counts as solved; None for no such column.
-
-    Raises:
-      ConfigError: if there is no such metric.
     """
-    if not results:
+    done = [row for row in results if "failed" not in row]
+    if not done:
         return "no run is done"
-    keys = list(results[0]["cell"])
-    names = [name for name in results[0] if name not in ("cell", "seed")]
-    wanted = list(metrics) or names
-    for name in [*wanted, *([solved.metric] if solved else [])]:
-        if name not in names:
-            raise ConfigError(f"there is no metric {name!r}; there are {', '.join(names)}")
+    keys = list(done[0]["cell"])
+    wanted = list(metrics) or [name for name in done[0] if name not in ("cell", "seed")]
     head = [key.rpartition(".")[2] for key in keys] + ["solved" if solved else "seeds", *wanted]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     cells = {json.dumps(row["cell"]): row["cell"] for row in results}
     for text, cell in cells.items():
-        rows = [row for row in results if json.dumps(row["cell"]) == text]
-        count = f"{len(rows)}"
-        if solved is not None:
-            count = f"{sum(map(solved.met, rows))} of {count}"
-        found = [_spread([row[name] for row in rows]) for name in wanted]
+        rows = [row for row in done if json.dumps(row["cell"]) == text]
+        ended = sum(json.dumps(row["cell"]) == text for row in results)
+        count = f"{ended}" if solved is None else f"{sum(map(solved.met, rows))} of {ended}"
+        if ended > len(rows):
+            count += f" ({ended - len(rows)} failed)"
+        found = [_spread([row[name] for row in rows]) if rows else "-" for name in wanted]
         lines.append("| " + " | ".join([*map(str, cell.values()), count, *found]) + " |")
     return "\n".join(lines)
 

@@ -78,11 +78,14 @@ def test_table_counts_solved_seeds_and_gives_the_spread():
         {"cell": {"model.n": n}, "seed": seed, "accuracy": value, "step": 5}
         for n, seed, value in ((1, 0, 0.25), (1, 1, 0.75), (2, 0, 1.0), (2, 1, 1.0))
     ]
+    results += [{"cell": {"model.n": n}, "seed": 2, "failed": True} for n in (2, 3)]
     lines = table(results, ["accuracy"], Condition.parse("accuracy>=0.5")).splitlines()
     assert lines[0] == "| n | solved | accuracy |"
-    assert lines[2:] == ["| 1 | 1 of 2 | 0.5 (0.25 to 0.75) |", "| 2 | 2 of 2 | 1 |"]
-    with pytest.raises(ConfigError, match="there is no metric 'loss'"):
-        table(results, ["loss"], None)
+    assert lines[2:] == [
+        "| 1 | 1 of 2 | 0.5 (0.25 to 0.75) |",
+        "| 2 | 2 of 3 (1 failed) | 1 |",
+        "| 3 | 0 of 1 (1 failed) | - |",
+    ]
 
 
 def test_jobs_share_cores():
@@ -110,6 +113,16 @@ def test_runs_end_when_they_have_reached_their_goal(tmp_path):
     assert result.returncode == 0, result.stdout
     (row,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert row["step"] == 0 and "| 1 of 1 |" in (tmp_path / "sweep" / "table.md").read_text()
+
+
+def test_runs_that_fail_are_named_and_counted(tmp_path):
+    diverge = "--grid=optimizer.learning_rate=1e-3,1e38"
+    result = command.run(sweep_command(tmp_path, diverge, "--solved=token_accuracy>=0"))
+    assert result.returncode == 1, result.stdout
+    assert "1 of 2 runs failed" in result.stdout and "Traceback" not in result.stdout
+    assert "| 1e+38 | 0 of 1 (1 failed) |" in (tmp_path / "table.md").read_text()
+    unknown = command.run(sweep_command(tmp_path, diverge, "--metrics=accuracy"))
+    assert unknown.returncode == 2 and "there is no metric 'accuracy'" in unknown.stdout
 
 
 def test_goal_that_is_no_metric(tmp_path):
