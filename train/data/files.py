@@ -7,6 +7,7 @@ that names the file.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -91,13 +92,8 @@ def documents(path: str, separator: str) -> Iterator[str]:
 
 def decode_image(file: File, channels: int) -> np.ndarray:
     """An image file as [H, W, channels] uint8 (1: grey, 3: RGB)."""
-    try:
-        with Image.open(io.BytesIO(file.read())) as image:
-            array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"{file.name} does not decode as an image ({error}): replace or remove it"
-        ) from error
+    with _open_image(file) as image:
+        array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return array.reshape(*array.shape[:2], channels)
 
 
@@ -191,5 +187,17 @@ def _unzip(content: bytes, name: str) -> bytes:
 
 def is_grey(file: File) -> bool:
     """Whether an image file has one channel."""
-    with Image.open(io.BytesIO(file.read())) as image:
+    with _open_image(file) as image:
         return image.mode in ("1", "L", "LA", "I", "I;16")
+
+
+@contextlib.contextmanager
+def _open_image(file: File) -> Iterator[Image.Image]:
+    """An image to be decoded inside the context; a DataError if it cannot be."""
+    try:
+        with Image.open(io.BytesIO(file.read())) as image:
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"{file.name} does not decode as an image ({error}): replace or remove it"
+        ) from error
