@@ -12,7 +12,9 @@ from absl import flags
 from . import flags as flags_lib, plots
 from .config import ConfigError
 
-RUNS = flags.DEFINE_multi_string("run", [], "LABEL=FOLDER of an evaluated run; repeat it.")
+RUNS = flags.DEFINE_multi_string(
+    "run", [], "LABEL=FOLDER of an evaluated run; repeat it."
+)
 ANALYSIS = flags.DEFINE_string("analysis", "", "Curves of this analysis, for example long_context.")
 OUT = flags.DEFINE_string("out", "curves.png", "The picture to write.")
 
@@ -20,7 +22,7 @@ OUT = flags.DEFINE_string("out", "curves.png", "The picture to write.")
 def main() -> None:
     curves = {}
     for entry in RUNS.value:
-        label, equals, folder = entry.rpartition("=")
+        label, equals, folder = entry.partition("=")
         if not equals:
             raise ConfigError(f"--run {entry!r} should look like LABEL=FOLDER")
         curve = plots.read_curve(pathlib.Path(folder), ANALYSIS.value)

@@ -48,6 +48,8 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path) 
         axes.axvline(x, color="grey", linestyle="--", linewidth=1, label=name)
     if first["log_x"]:
         axes.set_xscale("log", base=2)
+    if first["y_range"]:
+        axes.set_ylim(*first["y_range"])
     axes.set_xlabel(first["x_label"])
     axes.set_ylabel(first["y_label"])
     axes.grid(alpha=0.3)

@@ -34,6 +34,7 @@ class Curve:
       x_label, y_label: what they are.
       marks: name -> x, drawn as dashed lines.
       log_x: logarithmic x axis, base 2.
+      y_range: of the y axis; None to fit the curves.
     """
 
     metric: str
@@ -42,6 +43,7 @@ class Curve:
     y_label: str
     marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_x: bool = True
+    y_range: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

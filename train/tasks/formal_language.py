@@ -149,6 +149,7 @@ def build(config: Config) -> Task:
             y_label="words answered right",
             marks={"longest in training": data.lengths[1]},
             log_x=False,
+            y_range=(-0.03, 1.03),
         ),
     )
 

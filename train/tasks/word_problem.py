@@ -149,6 +149,7 @@ def build(config: Config) -> Task:
             x_label="word length",
             y_label="words with every product right",
             marks={"training length": data.length},
+            y_range=(-0.03, 1.03),
         ),
     )
 
