@@ -12,9 +12,7 @@ from absl import flags
 from . import flags as flags_lib, plots
 from .config import ConfigError
 
-RUNS = flags.DEFINE_multi_string(
-    "run", [], "LABEL=FOLDER of an evaluated run; repeat it."
-)
+RUNS = flags.DEFINE_multi_string("run", [], "LABEL=FOLDER of an evaluated run; repeat it.")
 ANALYSIS = flags.DEFINE_string("analysis", "", "Curves of this analysis, for example long_context.")
 OUT = flags.DEFINE_string("out", "curves.png", "The picture to write.")
 
