@@ -117,6 +117,8 @@ def _formal_language() -> dict:
         "modulus": 5,  # of the arithmetic
         "seed": 0,  # of the training words
         "lengths": (3, 40),  # shortest and longest training word, in tokens
+        "curriculum_lengths": (),  # the longest is one of these instead...
+        "curriculum_steps": (),  # ...from these steps on
         "eval_lengths": (40, 256),
         "row_tokens": 256,  # of a training row, packed with words
     }

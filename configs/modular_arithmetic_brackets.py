@@ -9,4 +9,6 @@ from scanax.configs import modular_arithmetic
 def get_config():
     config = modular_arithmetic.get_config()
     config.data.language = "modular_arithmetic_brackets"
+    config.data.curriculum_lengths = (3, 5, 7, 9, 15, 25, 40)
+    config.data.curriculum_steps = (0, 200, 400, 700, 1000, 1300, 1600)
     return config

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from scanax.train.data.curriculum import Curriculum
 from scanax.train.data.formal import Words, language
 from scanax.train.data.pipeline import IGNORE
 
@@ -61,12 +62,23 @@ def test_rows_depend_on_seed_and_index_alone():
     assert (other["ids"] != batch["ids"]).any()
 
 
+def test_curriculum_holds_long_words_back():
+    stages = Curriculum((3, 9, 39), (0, 2, 3), longest=40, batch_size=10, shortest=3)
+    source, batch = rows("modular_arithmetic", curriculum=stages)
+    limits = [9 if i >= 20 else 3 for i in range(30)] + [39] * 10  # batches of ten rows
+    longest = batch["lengths"].max(axis=1)
+    assert (longest <= limits).all() and {3, 9} < set(longest) and longest.max() > 30
+    assert set(batch["lengths"][20:30].ravel()) == {0, 3, 5, 7, 9}
+    assert len(list(spoken(source, {k: x[:20] for k, x in batch.items()}))) == 20 * (128 // 5)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"lengths": (40, 3)}, "no words of 40 to 3"),
         ({"lengths": (4, 4)}, "no words of 4 to 4"),
         ({"lengths": (3, 127)}, "must hold BOS"),
+        ({"lengths": (4, 40), "curriculum": Curriculum((4,), (0,), 40, 1)}, "no words of 4 to 4"),
     ],
 )
 def test_wrong_arguments(changes, message):

@@ -11,12 +11,14 @@ of the language, PAD, BOS and "=".
   modular_arithmetic_brackets   d, -E or (E op E), with any nesting
 """
 
+import bisect
 from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from .curriculum import Curriculum
 from .pipeline import ENDLESS, IGNORE
 
 SPECIAL = ("<pad>", "<bos>", "=")
@@ -99,7 +101,7 @@ NAMES = {  # generator, symbols beside the digits, whether even lengths exist
 class Words:
     """Rows of words generated from (seed, index): the same on every machine.
 
-    Lengths are uniform over those that exist. A row is filled with words, each a segment of its
+    Lengths are uniform over those that exist, up to that of the curriculum. A row is filled with words, each a segment of its
     own, until the next one does not fit; then comes padding without labels.
 
     Args:
@@ -108,6 +110,7 @@ class Words:
       lengths: shortest and longest word.
       tokens: of a row.
       single: one word per row.
+      curriculum: of the longest word.
     """
 
     def __init__(
@@ -117,11 +120,16 @@ class Words:
         lengths: tuple[int, int],
         tokens: int,
         single: bool = False,
+        curriculum: Curriculum | None = None,
     ):
         low, high = lengths
         self._lengths = [n for n in range(low, high + 1) if language.even_lengths or n % 2]
-        if low < 1 or not self._lengths:
-            raise ValueError(f"data: there are no words of {low} to {high} tokens")
+        self._curriculum = curriculum or Curriculum((), (), high, 1)
+        if low < 1 or min(self._lengths, default=high + 1) > self._curriculum.lengths[0]:
+            raise ValueError(
+                "data: there are no words of"
+                f" {low} to {min(high, self._curriculum.lengths[0])} tokens"
+            )
         if tokens < high + 2:
             raise ValueError(
                 f"data.row_tokens ({tokens}) must hold BOS, the longest word ({high}) and '='"
@@ -131,6 +139,7 @@ class Words:
             "source": f"words of {''.join(language.vocab)}",
             "seed": seed,
             "lengths": [low, high],
+            "curriculum": self._curriculum.identity,
             "tokens": tokens,
         }
 
@@ -156,8 +165,9 @@ class Words:
             "segments": np.zeros_like(ids),
             "lengths": np.zeros_like(ids),
         }
+        known = bisect.bisect_right(self._lengths, self._curriculum.length(index))
         while not (self._single and end):
-            length = self._lengths[rng.integers(len(self._lengths))]
+            length = self._lengths[rng.integers(known)]
             start, end = end, end + length + 2
             if end > self.tokens:
                 break

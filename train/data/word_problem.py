@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...models.delta_product.groups import Group, group
+from .curriculum import Curriculum
 from .pipeline import ENDLESS, IGNORE
 
 SPECIAL_TOKENS = 7
@@ -35,15 +36,14 @@ class WordProblems:
     """Rows of words with their prefix products.
 
     A row of T tokens holds as many words of the current length as fit, each behind its own
-    BOS and with its own segment id; the last one may be cut. With a curriculum the length is
-    ``lengths[i]`` from batch ``starts[i]`` on; rows keep their shape, so nothing recompiles.
+    BOS and with its own segment id; the last one may be cut. Rows keep their shape through a
+    curriculum, so nothing recompiles.
 
     Args:
       name: group, see ``scanax.models.delta_product.groups``.
       seed: of the words. Seeds give unrelated words.
       length: elements per row, BOS not counted.
-      batch_size: rows per batch, which turns an index into a batch number.
-      lengths, starts: the curriculum; empty for words of ``length`` throughout.
+      batch_size, lengths, starts: of the ``Curriculum``.
       limit_to, only_swaps: which elements appear in words, see ``Group.subset``; products
         are over the whole group all the same.
       tokens_per_element: 1, or more to put fillers behind every element.
@@ -63,29 +63,17 @@ class WordProblems:
     ):
         self.group = group(name)
         self._elements = self.group.subset(limit_to, only_swaps).astype(np.int32)
-        self.lengths, self.starts = tuple(lengths) or (length,), tuple(starts) or (0,)
-        if len(self.lengths) != len(self.starts) or self.starts[0] != 0:
-            raise ValueError(
-                "data.curriculum_lengths and data.curriculum_steps must have the same number of"
-                f" entries, and the first step must be 0; got {self.lengths} and {self.starts}"
-            )
-        if list(self.starts) != sorted(set(self.starts)):
-            raise ValueError(f"data.curriculum_steps must increase, got {self.starts}")
-        if min(self.lengths) < 1 or max(self.lengths) > length:
-            raise ValueError(
-                f"data.curriculum_lengths must lie between 1 and data.length ({length}),"
-                f" got {self.lengths}"
-            )
+        self._curriculum = Curriculum(lengths, starts, length, batch_size)
         if tokens_per_element < 1:
             raise ValueError(f"data.tokens_per_element must be positive, got {tokens_per_element}")
-        self.seed, self.batch_size, self._repeat = seed, batch_size, tokens_per_element
+        self.seed, self._repeat = seed, tokens_per_element
         self.tokens = length * tokens_per_element + 1
         self._product = self.group.product.tolist()  # lists are faster to walk than arrays
         self.identity: Mapping[str, Any] = {
             "source": f"words over {name}",
             "seed": seed,
             "length": length,
-            "curriculum": [list(self.lengths), list(self.starts)],
+            "curriculum": self._curriculum.identity,
             "variant": [limit_to, only_swaps, tokens_per_element],
         }
 
@@ -99,7 +87,7 @@ class WordProblems:
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _row(self, index: int) -> dict[str, np.ndarray]:
-        tokens = self.word_length(index // self.batch_size) * self._repeat + 1  # of a word
+        tokens = self._curriculum.length(index) * self._repeat + 1  # of a word
         position = np.arange(self.tokens, dtype=np.int32)
         place = position % tokens  # in the word; 0 is BOS
         key = np.asarray([self.seed, index], np.uint64)
@@ -114,10 +102,6 @@ class WordProblems:
             "labels": np.where(answers, self._products(ids), IGNORE).astype(np.int32),
             "segments": position // tokens,
         }
-
-    def word_length(self, batch: int) -> int:
-        """Elements per word in a batch."""
-        return self.lengths[int(np.searchsorted(self.starts, batch, side="right")) - 1]
 
     def _products(self, ids: np.ndarray) -> np.ndarray:
         """Prefix products since the last BOS; BOS is its own product."""

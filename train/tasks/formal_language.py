@@ -16,6 +16,7 @@ import numpy as np
 from ...models import params as params_lib
 from ...models.delta_product import DeltaProductConfig, DeltaProductLM
 from ..config import Config, build as build_part
+from ..data.curriculum import Curriculum
 from ..data.formal import Words, language
 from ..data.pipeline import Batches, eval_batch
 from ..task import Aux, Curve, Task
@@ -34,6 +35,8 @@ class FormalLanguageConfig:
       modulus: of the arithmetic.
       seed: of the training words; evaluation uses ``evaluation.seed``.
       lengths: shortest and longest training word, in tokens.
+      curriculum_lengths, curriculum_steps: no word is longer than ``curriculum_lengths[i]``
+        from step ``curriculum_steps[i]`` on; empty for none.
       eval_lengths: the same for evaluation.
       row_tokens: of a training row, which is packed with words.
     """
@@ -42,6 +45,8 @@ class FormalLanguageConfig:
     modulus: int
     seed: int
     lengths: tuple[int, ...]
+    curriculum_lengths: tuple[int, ...]
+    curriculum_steps: tuple[int, ...]
     eval_lengths: tuple[int, ...]
     row_tokens: int
 
@@ -72,7 +77,11 @@ def build(config: Config) -> Task:
     module = DeltaProductLM(model)
     example = jnp.zeros((1, 2), jnp.int32)
     shortest, longest = data.eval_lengths
-    train_words = Words(spoken, data.seed, _pair(data.lengths), data.row_tokens)
+    stages = (data.curriculum_lengths, data.curriculum_steps)
+    curriculum = Curriculum(*stages, data.lengths[1], config.batch_size, data.lengths[0])
+    train_words = Words(
+        *(spoken, data.seed, _pair(data.lengths), data.row_tokens), curriculum=curriculum
+    )
     single = (_pair(data.eval_lengths), longest + 2, True)
     eval_words = Words(spoken, EVAL_STREAM + config.evaluation.seed, *single)
     edges = np.linspace(shortest, longest + 1, BINS + 1).round().astype(np.int32)
