@@ -1,6 +1,6 @@
 """Modular arithmetic without brackets, modulo 5: trained on 3 to 40 tokens, evaluated on 40 to 256.
 
-Longer words come step by step: with all lengths from the start it was still at chance after 350 steps.
+Longer words come step by step: with all lengths from the start it was at chance after 350 steps.
 
 python -m scanax.train.main --config configs/modular_arithmetic.py --workdir runs/arithmetic
 """

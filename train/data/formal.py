@@ -101,8 +101,9 @@ NAMES = {  # generator, symbols beside the digits, whether even lengths exist
 class Words:
     """Rows of words generated from (seed, index): the same on every machine.
 
-    Lengths are uniform over those that exist, up to that of the curriculum. A row is filled with words, each a segment of its
-    own, until the next one does not fit; then comes padding without labels.
+    Lengths are uniform over those that exist, up to that of the curriculum. A row is filled
+    with words, each a segment of its own, until the next one does not fit; then comes padding
+    without labels.
 
     Args:
       language: of the words.
