@@ -25,4 +25,5 @@ def get_config():
     config.optimizer.schedule = "wsd"
     config.optimizer.decay_steps = 1500
     config.optimizer.final_fraction = 0.1
+    config.evaluation.stop_when = "scaled_accuracy>=0.99"
     return config
