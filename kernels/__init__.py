@@ -4,6 +4,13 @@ Start with ``delta_product/reference.py``: it is the definition that every other
 implementation is tested against.
 """
 
+from .additive_scan import additive_attention, additive_scan, additive_step
 from .delta_product import delta_product, delta_product_step
 
-__all__ = ["delta_product", "delta_product_step"]
+__all__ = [
+    "additive_attention",
+    "additive_scan",
+    "additive_step",
+    "delta_product",
+    "delta_product_step",
+]

@@ -1,0 +1,166 @@
+"""Public functions of the additive scan: argument checks, then dispatch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from ..dtypes import accumulation_dtype
+from . import attention, reference, xla
+
+IMPLEMENTATIONS = {
+    "xla": dispatch.Implementation(xla.additive_scan_xla),
+    "reference": dispatch.Implementation(reference.additive_scan_reference),
+}
+
+
+def additive_scan(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    initial_state: tuple[jax.Array, jax.Array | None] | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, reference.State]:
+    """The additive linear recurrence over a batch of sequences, causal.
+
+    Per key channel the state is the average of the values so far, weighted by a softmax of the
+    key logits over time: z_t = logaddexp(z_{t-1}, k_t); S_t = exp(z_{t-1} - z_t) S_{t-1} +
+    exp(k_t - z_t) v_t^T; o_t = scale * S_t^T q_t (Qin et al. 2024, LightNet). Differentiable in
+    every float argument, through the outputs and both parts of the final state.
+
+    Args:
+      q: [B, T, H, K] queries.
+      k: [B, T, H, K] key logits, of any size; -inf is a token that the channel does not see.
+      v: [B, T, H, V] values.
+      scale: factor on o; K**-0.5 if None.
+      initial_state: (S [B, H, K, V], z [B, H, K]), which counts as one earlier token of logit z and
+        value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
+      mask: [B, T] bool, True = a token. Where False the state stays and o is 0; v must be finite.
+      segment_ids: [B, T] integers; the state is cleared wherever the id changes.
+      implementation: "reference", "xla", or None for the best one on this platform.
+      chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
+        None picks it.
+
+    Returns:
+      o: [B, T, H, V] in q's dtype.
+      (S, z): the state after the last token, float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit, or the named implementation cannot run.
+    """
+    s, z = (None, None) if initial_state is None else initial_state
+    _check("additive_scan", q, k, v, s, z, mask, segment_ids)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"additive_scan: chunk_size must be positive, got {chunk_size}")
+    batch, _, heads, key_dim = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    s = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype) if s is None else s.astype(dtype)
+    z = jnp.full((batch, heads, key_dim), -jnp.inf, dtype) if z is None else z.astype(dtype)
+    reset = None
+    if segment_ids is not None:
+        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+        reset = jnp.pad(changed, ((0, 0), (1, 0)))
+    o, state = dispatch.call(
+        "additive_scan",
+        IMPLEMENTATIONS,
+        implementation,
+        *(q, _masked(k, mask), v, (s, z), reset),
+        scale=key_dim**-0.5 if scale is None else scale,
+        chunk_size=chunk_size,
+    )
+    return o if mask is None else jnp.where(mask[:, :, None, None], o, 0), state
+
+
+def additive_step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: reference.State,
+    *,
+    scale: float | None = None,
+) -> tuple[jax.Array, reference.State]:
+    """One token of :func:`additive_scan`, for decoding.
+
+    Args:
+      q, k: [B, H, K]; v: [B, H, V].
+      state: (S [B, H, K, V], z [B, H, K]).
+      scale: factor on o; K**-0.5 if None.
+
+    Returns:
+      o [B, H, V] in q's dtype, and the next state in the state's dtype.
+    """
+    _check("additive_step", q[:, None], k[:, None], v[:, None], *state, None, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.additive_step(q, k, v, state, scale=scale)
+
+
+def additive_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Every query reads the same summary of all tokens: no order, no scan, linear in T.
+
+    The summary is what the state of :func:`additive_scan` is after the last token (Qin et al. 2024,
+    LightNet). Grids are flattened by the caller.
+
+    Args:
+      q, k: [B, T, H, K]; k are logits, of any size.
+      v: [B, T, H, V].
+      scale: factor on o; K**-0.5 if None.
+      mask: [B, T] bool, True = a token; the others are neither summarised nor answered (o = 0). A
+        row without any token gives zeros.
+
+    Returns:
+      o: [B, T, H, V] in q's dtype.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit.
+    """
+    _check("additive_attention", q, k, v, None, None, mask, None)
+    s, _ = attention.summary(_masked(k, mask), v, accumulation_dtype(q.dtype))
+    o = attention.read(q, s, q.shape[-1] ** -0.5 if scale is None else scale)
+    return o if mask is None else jnp.where(mask[:, :, None, None], o, 0)
+
+
+def _masked(k, mask):
+    return k if mask is None else jnp.where(mask[:, :, None, None], k, -jnp.inf)
+
+
+def _check(name: str, q, k, v, s, z, mask, segment_ids):
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"{name} takes q, k [B,T,H,K] and v [B,T,H,V] (a step: without T); got shapes"
+            f" {q.shape}, {k.shape}, {v.shape}"
+        )
+    batch, tokens, heads, key_dim = q.shape
+    if tokens < 1:
+        raise ValueError(f"{name} needs T >= 1; got q {q.shape}")
+    floating: Any = jnp.floating
+    expected = {
+        "k": (k, (batch, tokens, heads, key_dim), floating),
+        "v": (v, (batch, tokens, heads, v.shape[-1]), floating),
+        "initial_state[0]": (s, (batch, heads, key_dim, v.shape[-1]), floating),
+        "initial_state[1]": (z, (batch, heads, key_dim), floating),
+        "mask": (mask, (batch, tokens), jnp.bool_),
+        "segment_ids": (segment_ids, (batch, tokens), jnp.integer),
+    }
+    for part, (array, shape, kind) in expected.items():
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(
+                f"{name}: {part} has shape {array.shape}, expected {shape} from q {q.shape} and"
+                f" v {v.shape}"
+            )
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name}: {part} must be {kind.__name__}, got {array.dtype}")

@@ -1,0 +1,88 @@
+"""Additive attention without causality: one summary of all tokens, read by every query.
+
+Dimensions: B batch, T tokens, H heads, K key channels, V value; X blocks of C tokens.
+
+  S = sum_j softmax_j(k)_j v_j^T  (per key channel, over all T),    o_i = scale * S^T q_i
+
+There is no scan over tokens: the summary is two reductions, taken block by block with a running
+maximum, so that the weights exist for one block at a time only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 1024  # tokens
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def summary(k, v, dtype):
+    """S [B, H, K, V] and z [B, H, K], of keys [B, T, H, K] and values [B, T, H, V].
+
+    Channels without any key (all -inf) have S = 0 and z = -inf.
+    """
+    return _summary_forward(k, v, dtype)[0]
+
+
+def _summary_forward(k, v, dtype):
+    batch, _, heads, key_dim = k.shape
+
+    def block(carry, block_inputs):
+        top_BHK, total_BHK, s_BHKV = carry
+        k_BCHK, v_BCHV = (x.astype(dtype) for x in block_inputs)
+        new_BHK = jnp.maximum(top_BHK, jnp.max(k_BCHK, axis=1))
+        finite_BHK = jnp.where(new_BHK == -jnp.inf, 0, new_BHK)
+        kept_BHK = jnp.exp(top_BHK - finite_BHK)
+        weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
+        s_BHKV = kept_BHK[..., None] * s_BHKV + _einsum("bchk,bchv->bhkv", weight_BCHK, v_BCHV)
+        return (new_BHK, kept_BHK * total_BHK + jnp.sum(weight_BCHK, axis=1), s_BHKV), None
+
+    start = (
+        jnp.full((batch, heads, key_dim), -jnp.inf, dtype),
+        jnp.zeros((batch, heads, key_dim), dtype),
+        jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype),
+    )
+    blocks = _blocks(k, constant_values=-jnp.inf), _blocks(v)
+    (top, total, s), _ = jax.lax.scan(block, start, blocks)
+    s = s / jnp.where(total == 0, 1, total)[..., None]
+    z = top + jnp.log(total)
+    return (s, z), (k, v, s, z)
+
+
+def _summary_backward(dtype, residuals, cotangents):
+    k, v, s_BHKV, z_BHK = residuals
+    ds_BHKV, dz_BHK = cotangents
+    finite_BHK = jnp.where(z_BHK == -jnp.inf, 0, z_BHK)
+    through_z_BHK = dz_BHK - jnp.sum(ds_BHKV * s_BHKV, axis=-1)
+
+    def block(_, block_inputs):
+        k_BCHK, v_BCHV = (x.astype(dtype) for x in block_inputs)
+        weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
+        dv = _einsum("bchk,bhkv->bchv", weight_BCHK, ds_BHKV)
+        dweight = _einsum("bchv,bhkv->bchk", v_BCHV, ds_BHKV)
+        dk = weight_BCHK * (dweight + through_z_BHK[:, None])
+        return None, (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    blocks = _blocks(k, constant_values=-jnp.inf), _blocks(v)
+    _, (dk, dv) = jax.lax.scan(block, None, blocks)
+    return tuple(jnp.moveaxis(d, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])[:, : x.shape[1]]
+                 for d, x in ((dk, k), (dv, v)))  # fmt: skip
+
+
+summary.defvjp(_summary_forward, _summary_backward)
+
+
+def read(q, s, scale: float) -> jax.Array:
+    """o [B, T, H, V] in q's dtype."""
+    return (scale * _einsum("bthk,bhkv->bthv", q.astype(s.dtype), s)).astype(q.dtype)
+
+
+def _blocks(x_BTHD, **padding) -> jax.Array:
+    """[B, T, H, D] -> [X, B, C, H, D]."""
+    batch, tokens = x_BTHD.shape[:2]
+    size = min(BLOCK, tokens)
+    x = jnp.pad(x_BTHD, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)), **padding)
+    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
