@@ -9,6 +9,7 @@ maximum, so that the weights exist for one block at a time only.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,17 @@ BLOCK = 1024  # tokens
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def summary(k, v, dtype):
+def summary(k, v, dtype) -> tuple[jax.Array, jax.Array]:
     """S [B, H, K, V] and z [B, H, K], of keys [B, T, H, K] and values [B, T, H, V].
 
     Channels without any key (all -inf) have S = 0 and z = -inf.
     """
+    result: Any = _summary(k, v, dtype)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _summary(k, v, dtype):
     return _summary_forward(k, v, dtype)[0]
 
 
@@ -72,7 +78,7 @@ def _summary_backward(dtype, residuals, cotangents):
                  for d, x in ((dk, k), (dv, v)))  # fmt: skip
 
 
-summary.defvjp(_summary_forward, _summary_backward)
+_summary.defvjp(_summary_forward, _summary_backward)
 
 
 def read(q, s, scale: float) -> jax.Array:
