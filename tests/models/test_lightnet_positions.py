@@ -1,0 +1,120 @@
+"""MD-TPE and MD-LRPE against float64 values of the equations and of the author's code."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.models.lightnet import lrpe, tpe
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lightnet"
+TPE = dict(np.load(GOLDEN / "md_tpe.npz"))
+LRPE = dict(np.load(GOLDEN / "md_lrpe.npz"))
+TPE_META, LRPE_META = (json.loads(str(file["meta"])) for file in (TPE, LRPE))
+
+
+def case_of(file, name: str) -> dict[str, np.ndarray]:
+    prefix = f"{name}__"
+    return {key.removeprefix(prefix): x for key, x in file.items() if key.startswith(prefix)}
+
+
+def error(actual, expected) -> float:
+    assert actual.shape == expected.shape
+    return float(np.abs(np.asarray(actual) - expected).max())
+
+
+@pytest.mark.parametrize("form", tpe.FORMS)
+@pytest.mark.parametrize("name", [name for name in TPE_META if name.startswith("d")])
+def test_toeplitz_golden(name, form):
+    golden, axes = case_of(TPE, name), len(TPE_META[name]["grid"])
+    inputs = {"x": golden["x"]}
+    kinds = ("b", "loglam", *(("bneg", "loglamneg") if "bneg0" in golden else ()))
+    inputs |= {f"{kind}{s}": golden[f"{kind}{s}"] for s in range(axes) for kind in kinds}
+
+    def op(inputs):
+        total = jnp.zeros_like(inputs["x"])
+        for s in range(axes):
+            b, decay = inputs[f"b{s}"], inputs[f"loglam{s}"][None]
+            back = None
+            if f"bneg{s}" in inputs:
+                back = inputs[f"bneg{s}"], inputs[f"loglamneg{s}"][None]
+            total += tpe.toeplitz(inputs["x"], b, decay, axis=1 + s, backward=back, form=form)
+        return total
+
+    y, pull = jax.vjp(jax.jit(op), {key: jnp.asarray(x) for key, x in inputs.items()})
+    assert error(y, golden["y"]) <= (5e-5 if form == "fft" else 2e-5)
+    for key, gradient in pull(jnp.asarray(golden["dy"]))[0].items():
+        expected = golden[f"d{key}"]
+        assert error(gradient, expected) <= 5e-5 * np.abs(expected).max(), key
+    for s in range(axes):
+        t = tpe.coefficients(golden[f"b{s}"], golden[f"loglam{s}"][None], y.shape[1 + s])
+        assert error(t, golden[f"tpos{s}"]) <= 1e-5
+
+
+def test_recurrence_continues_token_by_token():
+    golden = case_of(TPE, "d1_causal")
+    b, decay = golden["b0"], golden["loglam0"][None]
+    state, step = None, jax.jit(tpe.recurrence)
+    for t in range(golden["x"].shape[1]):
+        y, state = step(golden["x"][:, t : t + 1], b, decay, state)
+        assert error(y, golden["y"][:, t : t + 1]) <= 2e-5
+
+
+def test_unknown_form():
+    with pytest.raises(ValueError, match="choose one of dense"):
+        tpe.toeplitz(jnp.zeros((1, 3, 2)), jnp.ones((2, 1)), jnp.zeros((2, 1)), form="dft")
+
+
+@pytest.mark.parametrize("name", [n for n in LRPE_META if n.startswith(("cos", "rot"))])
+def test_lrpe_golden(name):
+    golden, meta = case_of(LRPE, name), LRPE_META[name]
+    form = lrpe.cosine if name.startswith("cos") else lrpe.rotate
+    width = golden["x"].shape[-1] // (1 if form is lrpe.cosine else 2)
+    offset = (meta["offset"] or [0])[0]
+    swap = lambda x: jnp.swapaxes(jnp.asarray(x), 1, 2)  # [B, H, T, d] <-> [B, T, H, d]
+
+    @jax.jit
+    def op(x, theta):
+        angles = lrpe.angles(theta, meta["grid"], width, extra=meta["extra"], offset=offset)
+        return swap(form(swap(x), angles))
+
+    theta = jnp.asarray(golden["theta"])
+    o, pull = jax.vjp(op, jnp.asarray(golden["x"]), theta)
+    assert error(o, golden["o"]) <= 1e-5
+    for gradient, key in zip(pull(jnp.asarray(golden["do"])), ("dx", "dtheta"), strict=True):
+        assert error(gradient, golden[key]) <= 5e-5 * np.abs(golden[key]).max(), key
+    scores = jnp.einsum("bhnd,bhmd->bhnm", o, op(jnp.asarray(golden["x2"]), theta))
+    assert error(scores, golden["score"]) <= 5e-5
+
+
+def test_scores_depend_on_the_difference_of_places_alone():
+    """Shifting both tokens along both axes leaves every product as it is."""
+    theta = jnp.asarray(lrpe.grid_theta(2, 7, 2), jnp.float32)
+    angles = lrpe.angles(theta, (5, 6), 7).reshape(5, 6, 2, 7)
+    generator = np.random.default_rng(0)
+    q, k = (jnp.asarray(generator.normal(size=(1, 1, 2, 7)), jnp.float32) for _ in range(2))
+    score = lambda a, b: jnp.sum(
+        lrpe.cosine(q, angles[a][None]) * lrpe.cosine(k, angles[b][None]), axis=-1
+    )
+    np.testing.assert_allclose(score((0, 1), (2, 0)), score((2, 5), (4, 4)), atol=1e-5)
+    assert np.abs(score((0, 1), (2, 0)) - score((0, 1), (2, 3))).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", lrpe.THETA_TYPES)
+def test_published_rates(kind):
+    expected = LRPE[f"theta__theta_type{kind}"]
+    np.testing.assert_allclose(lrpe.fixed_theta(kind, 16), expected, rtol=1e-6)
+
+
+def test_wrong_positions_are_named():
+    with pytest.raises(ValueError, match="theta_type must be one of"):
+        lrpe.fixed_theta(7, 16)
+    with pytest.raises(ValueError, match="width 15 is odd"):
+        lrpe.fixed_theta(1, 15)
+    with pytest.raises(ValueError, match="over 2 axes needs 4"):
+        lrpe.angles(jnp.zeros((1, 3)), (2, 2), 7)
+    with pytest.raises(ValueError, match="a grid of 3 x 4 and 1 extra tokens make 13 tokens"):
+        lrpe.check_grid((3, 4), 12, extra=1)
