@@ -9,9 +9,9 @@ A token at place (n_1, ..., n_M) has the angles concat_s(n_s * theta), cut to K,
   rotate form   (x_c, x_{c + K/2}) turned by angle c, as wide as before
 
 the product of a query and a key depends on the difference of their places alone (in the cosine
-form, on its size along each axis: left and right look the same, and MD-TPE tells them apart). With weights that
-differ between channels, as the additive recurrence has, that is exact for the cosine form, whose
-two halves share a channel's weight; the rotate form mixes two channels.
+form, on its size along each axis: left and right look the same, and MD-TPE tells them apart).
+With weights that differ between channels, as the additive recurrence has, that is exact for the
+cosine form, whose two halves share a channel's weight; the rotate form mixes two channels.
 """
 
 from collections.abc import Sequence
