@@ -20,6 +20,7 @@ def additive_scan(
     k: jax.Array,
     v: jax.Array,
     *,
+    k_factor: jax.Array | None = None,
     scale: float | None = None,
     initial_state: tuple[jax.Array, jax.Array | None] | None = None,
     mask: jax.Array | None = None,
@@ -38,6 +39,8 @@ def additive_scan(
       q: [B, T, H, K] queries.
       k: [B, T, H, K] key logits, of any size; -inf is a token that the channel does not see.
       v: [B, T, H, V] values.
+      k_factor: [B, T, H, K] on the weights exp(k - z), of any sign, without effect on z: positions
+        that turn a key after its normalisation; ones if None.
       scale: factor on o; K**-0.5 if None.
       initial_state: (S [B, H, K, V], z [B, H, K]), which counts as one earlier token of logit z and
         value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
@@ -55,7 +58,7 @@ def additive_scan(
       ValueError: if shapes or dtypes do not fit, or the named implementation cannot run.
     """
     s, z = (None, None) if initial_state is None else initial_state
-    _check("additive_scan", q, k, v, s, z, mask, segment_ids)
+    _check("additive_scan", q, k, v, k_factor, s, z, mask, segment_ids)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"additive_scan: chunk_size must be positive, got {chunk_size}")
     batch, _, heads, key_dim = q.shape
@@ -70,7 +73,7 @@ def additive_scan(
         "additive_scan",
         IMPLEMENTATIONS,
         implementation,
-        *(q, _masked(k, mask), v, (s, z), reset),
+        *(q, _masked(k, mask), v, k_factor, (s, z), reset),
         scale=key_dim**-0.5 if scale is None else scale,
         chunk_size=chunk_size,
     )
@@ -83,6 +86,7 @@ def additive_step(
     v: jax.Array,
     state: reference.State,
     *,
+    k_factor: jax.Array | None = None,
     scale: float | None = None,
 ) -> tuple[jax.Array, reference.State]:
     """One token of :func:`additive_scan`, for decoding.
@@ -90,14 +94,16 @@ def additive_step(
     Args:
       q, k: [B, H, K]; v: [B, H, V].
       state: (S [B, H, K, V], z [B, H, K]).
+      k_factor: [B, H, K] or None.
       scale: factor on o; K**-0.5 if None.
 
     Returns:
       o [B, H, V] in q's dtype, and the next state in the state's dtype.
     """
-    _check("additive_step", q[:, None], k[:, None], v[:, None], *state, None, None)
+    f = None if k_factor is None else k_factor[:, None]
+    _check("additive_step", q[:, None], k[:, None], v[:, None], f, *state, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.additive_step(q, k, v, state, scale=scale)
+    return reference.additive_step(q, k, v, k_factor, state, scale=scale)
 
 
 def additive_attention(
@@ -105,6 +111,7 @@ def additive_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    k_factor: jax.Array | None = None,
     scale: float | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -116,6 +123,7 @@ def additive_attention(
     Args:
       q, k: [B, T, H, K]; k are logits, of any size.
       v: [B, T, H, V].
+      k_factor: [B, T, H, K] on the weights, or None.
       scale: factor on o; K**-0.5 if None.
       mask: [B, T] bool, True = a token; the others are neither summarised nor answered (o = 0). A
         row without any token gives zeros.
@@ -126,8 +134,8 @@ def additive_attention(
     Raises:
       ValueError: if shapes or dtypes do not fit.
     """
-    _check("additive_attention", q, k, v, None, None, mask, None)
-    s, _ = attention.summary(_masked(k, mask), v, accumulation_dtype(q.dtype))
+    _check("additive_attention", q, k, v, k_factor, None, None, mask, None)
+    s, _ = attention.summary(_masked(k, mask), v, k_factor, accumulation_dtype(q.dtype))
     o = attention.read(q, s, q.shape[-1] ** -0.5 if scale is None else scale)
     return o if mask is None else jnp.where(mask[:, :, None, None], o, 0)
 
@@ -136,7 +144,7 @@ def _masked(k, mask):
     return k if mask is None else jnp.where(mask[:, :, None, None], k, -jnp.inf)
 
 
-def _check(name: str, q, k, v, s, z, mask, segment_ids):
+def _check(name: str, q, k, v, f, s, z, mask, segment_ids):
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"{name} takes q, k [B,T,H,K] and v [B,T,H,V] (a step: without T); got shapes"
@@ -149,6 +157,7 @@ def _check(name: str, q, k, v, s, z, mask, segment_ids):
     expected = {
         "k": (k, (batch, tokens, heads, key_dim), floating),
         "v": (v, (batch, tokens, heads, v.shape[-1]), floating),
+        "k_factor": (f, (batch, tokens, heads, key_dim), floating),
         "initial_state[0]": (s, (batch, heads, key_dim, v.shape[-1]), floating),
         "initial_state[1]": (z, (batch, heads, key_dim), floating),
         "mask": (mask, (batch, tokens), jnp.bool_),

@@ -2,7 +2,7 @@
 
 Dimensions: B batch, T tokens, H heads, K key channels, V value; X blocks of C tokens.
 
-  S = sum_j softmax_j(k)_j v_j^T  (per key channel, over all T),    o_i = scale * S^T q_i
+  S = sum_j softmax_j(k)_j f_j v_j^T  (per key channel, over all T),    o_i = scale * S^T q_i
 
 There is no scan over tokens: the summary is two reductions, taken block by block with a running
 maximum, so that the weights exist for one block at a time only.
@@ -19,31 +19,34 @@ BLOCK = 1024  # tokens
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def summary(k, v, dtype) -> tuple[jax.Array, jax.Array]:
+def summary(k, v, k_factor, dtype) -> tuple[jax.Array, jax.Array]:
     """S [B, H, K, V] and z [B, H, K], of keys [B, T, H, K] and values [B, T, H, V].
+
+    Factors f [B, T, H, K], or None, multiply the weights.
 
     Channels without any key (all -inf) have S = 0 and z = -inf.
     """
-    result: Any = _summary(k, v, dtype)
+    result: Any = _summary(k, v, k_factor, dtype)
     return result
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _summary(k, v, dtype):
-    return _summary_forward(k, v, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summary(k, v, f, dtype):
+    return _summary_forward(k, v, f, dtype)[0]
 
 
-def _summary_forward(k, v, dtype):
+def _summary_forward(k, v, f, dtype):
     batch, _, heads, key_dim = k.shape
 
     def block(carry, block_inputs):
         top_BHK, total_BHK, s_BHKV = carry
-        k_BCHK, v_BCHV = (x.astype(dtype) for x in block_inputs)
+        k_BCHK, v_BCHV, f_BCHK = _cast(block_inputs, dtype)
         new_BHK = jnp.maximum(top_BHK, jnp.max(k_BCHK, axis=1))
         finite_BHK = jnp.where(new_BHK == -jnp.inf, 0, new_BHK)
         kept_BHK = jnp.exp(top_BHK - finite_BHK)
         weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
-        s_BHKV = kept_BHK[..., None] * s_BHKV + _einsum("bchk,bchv->bhkv", weight_BCHK, v_BCHV)
+        keys_BCHK = weight_BCHK if f_BCHK is None else weight_BCHK * f_BCHK
+        s_BHKV = kept_BHK[..., None] * s_BHKV + _einsum("bchk,bchv->bhkv", keys_BCHK, v_BCHV)
         return (new_BHK, kept_BHK * total_BHK + jnp.sum(weight_BCHK, axis=1), s_BHKV), None
 
     start = (
@@ -51,31 +54,34 @@ def _summary_forward(k, v, dtype):
         jnp.zeros((batch, heads, key_dim), dtype),
         jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype),
     )
-    blocks = _blocks(k, constant_values=-jnp.inf), _blocks(v)
-    (top, total, s), _ = jax.lax.scan(block, start, blocks)
+    (top, total, s), _ = jax.lax.scan(block, start, _blocks(k, v, f))
     s = s / jnp.where(total == 0, 1, total)[..., None]
     z = top + jnp.log(total)
-    return (s, z), (k, v, s, z)
+    return (s, z), (k, v, f, s, z)
 
 
 def _summary_backward(dtype, residuals, cotangents):
-    k, v, s_BHKV, z_BHK = residuals
+    k, v, f, s_BHKV, z_BHK = residuals
     ds_BHKV, dz_BHK = cotangents
     finite_BHK = jnp.where(z_BHK == -jnp.inf, 0, z_BHK)
     through_z_BHK = dz_BHK - jnp.sum(ds_BHKV * s_BHKV, axis=-1)
 
     def block(_, block_inputs):
-        k_BCHK, v_BCHV = (x.astype(dtype) for x in block_inputs)
+        k_BCHK, v_BCHV, f_BCHK = _cast(block_inputs, dtype)
         weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
-        dv = _einsum("bchk,bhkv->bchv", weight_BCHK, ds_BHKV)
-        dweight = _einsum("bchv,bhkv->bchk", v_BCHV, ds_BHKV)
+        dkey = _einsum("bchv,bhkv->bchk", v_BCHV, ds_BHKV)
+        if f_BCHK is None:
+            keys_BCHK, dweight, df = weight_BCHK, dkey, None
+        else:
+            keys_BCHK, dweight = weight_BCHK * f_BCHK, dkey * f_BCHK
+            df = (dkey * weight_BCHK).astype(f.dtype)
+        dv = _einsum("bchk,bhkv->bchv", keys_BCHK, ds_BHKV)
         dk = weight_BCHK * (dweight + through_z_BHK[:, None])
-        return None, (dk.astype(k.dtype), dv.astype(v.dtype))
+        return None, (dk.astype(k.dtype), dv.astype(v.dtype), df)
 
-    blocks = _blocks(k, constant_values=-jnp.inf), _blocks(v)
-    _, (dk, dv) = jax.lax.scan(block, None, blocks)
-    return tuple(jnp.moveaxis(d, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])[:, : x.shape[1]]
-                 for d, x in ((dk, k), (dv, v)))  # fmt: skip
+    _, gradients = jax.lax.scan(block, None, _blocks(k, v, f))
+    join = lambda d: jnp.moveaxis(d, 0, 1).reshape(k.shape[0], -1, *d.shape[3:])[:, : k.shape[1]]
+    return jax.tree.map(join, gradients)
 
 
 _summary.defvjp(_summary_forward, _summary_backward)
@@ -86,9 +92,18 @@ def read(q, s, scale: float) -> jax.Array:
     return (scale * _einsum("bthk,bhkv->bthv", q.astype(s.dtype), s)).astype(q.dtype)
 
 
-def _blocks(x_BTHD, **padding) -> jax.Array:
-    """[B, T, H, D] -> [X, B, C, H, D]."""
-    batch, tokens = x_BTHD.shape[:2]
+def _cast(arrays, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)  # None stays None
+
+
+def _blocks(k, v, f):
+    """Each [B, T, H, D] -> [X, B, C, H, D], padded with tokens that are not there."""
+    batch, tokens = k.shape[:2]
     size = min(BLOCK, tokens)
-    x = jnp.pad(x_BTHD, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)), **padding)
-    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    def cut(x, fill):
+        padding = ((0, 0), (0, -tokens % size), (0, 0), (0, 0))
+        x = jnp.pad(x, padding, constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    return cut(k, -jnp.inf), cut(v, 0), None if f is None else cut(f, 0)

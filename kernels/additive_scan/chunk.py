@@ -15,11 +15,13 @@ the normaliser at the end of that left half,
   exp(k_j - z_i) = exp(k_j - r) exp(r - z_i),
 
 both at most 1, which makes the level a product of matrices. The smallest blocks, of LEAF tokens,
-are evaluated pair by pair. Backward, with P_ij = v_j . do_i and D_ijc = exp(k_jc - z_ic):
+are evaluated pair by pair. Backward, with P_ij = v_j . do_i, D_ijc = exp(k_jc - z_ic) and the
+factors f_j on the keys:
 
-  dq_i = exp(z_b - z_i) S_b do_i + sum_j D_ij P_ij
-  dv_j = sum_i (sum_c q_ic D_ijc) do_i + dS_e^T exp(k_j - z_e)
-  dk_j = exp(k_j - z_e) (dS_e v_j - R_e) + sum_i D_ij (q_i P_ij - q_i dq_i)
+  dq_i = exp(z_b - z_i) S_b do_i + sum_j D_ij f_j P_ij
+  dv_j = sum_i (sum_c q_ic D_ijc f_jc) do_i + dS_e^T (exp(k_j - z_e) f_j)
+  df_j = exp(k_j - z_e) dS_e v_j + sum_i D_ij q_i P_ij
+  dk_j = f_j df_j - exp(k_j - z_e) R_e - sum_i D_ij q_i dq_i
   R_b  = exp(z_b - z_e) R_e + sum_i exp(z_b - z_i) q_i dq_i
 
 where R = <dS, S> - dz stands for everything that reaches the normaliser from later tokens.
@@ -40,6 +42,7 @@ class Chunk(NamedTuple):
     q_CK: jax.Array  # with the output scale
     k_CK: jax.Array
     v_CV: jax.Array
+    f_CK: jax.Array | None  # factors on the keys
     z_CK: jax.Array
     run_C1: jax.Array | None  # number of resets so far
     enter_CK: jax.Array  # exp(z_b - z_i)
@@ -56,7 +59,7 @@ class _Level(NamedTuple):
     leave_nhK: jax.Array  # exp(k_j - r)
 
 
-def prepare(q_CK, k_CK, v_CV, z_CK, before_K, run_C1=None, entering_run_1=None) -> Chunk:
+def prepare(q_CK, k_CK, v_CV, f_CK, z_CK, before_K, run_C1=None, entering_run_1=None) -> Chunk:
     """The chunk of arrays, of the normaliser ``before_K`` and of resets (numbers or None)."""
     last_1K, before_1K = z_CK[..., -1:, :], before_K[..., None, :]
     inside = to_end = True
@@ -71,7 +74,7 @@ def prepare(q_CK, k_CK, v_CV, z_CK, before_K, run_C1=None, entering_run_1=None) 
     enter_CK = jnp.where(inside, enter_CK, 0)
     earlier_CK = jnp.concatenate([jnp.zeros_like(begun_CK[..., :1, :]), begun_CK[..., :-1, :]], -2)
     return Chunk(
-        *(q_CK, k_CK, v_CV, z_CK, run_C1),
+        *(q_CK, k_CK, v_CV, f_CK, z_CK, run_C1),
         enter_CK=enter_CK,
         leave_CK=jnp.where(to_end, _factor(k_CK, last_1K), 0),
         across_K1=jnp.swapaxes(enter_CK[..., -1:, :], -1, -2),
@@ -82,19 +85,20 @@ def prepare(q_CK, k_CK, v_CV, z_CK, before_K, run_C1=None, entering_run_1=None) 
 def outputs(chunk: Chunk, s_KV) -> jax.Array:
     """o [C, V]."""
     o_CV = _matmul(chunk.q_CK * chunk.enter_CK, s_KV)
-    pairs_nllK = _leaf_pairs(chunk)
+    pairs_nllK = _on_pairs(chunk, _leaf_pairs(chunk))
     a_nll = jnp.sum(_leaves(chunk.q_CK)[..., :, None, :] * pairs_nllK, axis=-1)
     o_CV += _merge(_matmul(a_nll, _leaves(chunk.v_CV)))
     for level in _levels(chunk):
         (_, q_nhK), (v_nhV, _) = (_halves(x, level.half) for x in (chunk.q_CK, chunk.v_CV))
-        a_nhh = _matmul(q_nhK * level.enter_nhK, _transpose(level.leave_nhK))
+        keys_nhK = _on_left(chunk, level)
+        a_nhh = _matmul(q_nhK * level.enter_nhK, _transpose(keys_nhK))
         o_CV += _right(_matmul(a_nhh, v_nhV))
     return o_CV
 
 
 def next_state(chunk: Chunk, s_KV) -> jax.Array:
     """S_e [K, V]."""
-    return chunk.across_K1 * s_KV + _matmul(_transpose(chunk.leave_CK), chunk.v_CV)
+    return chunk.across_K1 * s_KV + _matmul(_transpose(_keys(chunk)), chunk.v_CV)
 
 
 def backward(chunk: Chunk, s_KV, do_CV, ds_KV, r_K):
@@ -106,42 +110,47 @@ def backward(chunk: Chunk, s_KV, do_CV, ds_KV, r_K):
       ds_KV, r_K: dS_e and R_e, with everything after the chunk.
 
     Returns:
-      dq [C, K] (of q with the scale), dk [C, K], dv [C, V], dS_b [K, V], R_b [K].
+      dq [C, K] (of q with the scale), dk [C, K], dv [C, V], df [C, K] or None, dS_b [K, V],
+      R_b [K].
     """
     q_CK, v_CV = chunk.q_CK, chunk.v_CV
     read_CK = q_CK * chunk.enter_CK
     dq_CK = chunk.enter_CK * _matmul(do_CV, _transpose(s_KV))
-    dv_CV = _matmul(chunk.leave_CK, ds_KV)
+    dv_CV = _matmul(_keys(chunk), ds_KV)
     ds_before_KV = chunk.across_K1 * ds_KV + _matmul(_transpose(read_CK), do_CV)
 
     pairs_nllK = _leaf_pairs(chunk)
+    keys_nllK = _on_pairs(chunk, pairs_nllK)
     q_nlK, v_nlV, do_nlV = (_leaves(x) for x in (q_CK, v_CV, do_CV))
     p_nll = _matmul(do_nlV, _transpose(v_nlV))
-    a_nll = jnp.sum(q_nlK[..., :, None, :] * pairs_nllK, axis=-1)
-    dq_CK += _merge(jnp.sum(p_nll[..., None] * pairs_nllK, axis=-2))
+    a_nll = jnp.sum(q_nlK[..., :, None, :] * keys_nllK, axis=-1)
+    dq_CK += _merge(jnp.sum(p_nll[..., None] * keys_nllK, axis=-2))
     dv_CV += _merge(_matmul(_transpose(a_nll), do_nlV))
+    df_CK = chunk.leave_CK * _matmul(v_CV, _transpose(ds_KV))
+    qp_nllK = q_nlK[..., :, None, :] * p_nll[..., None]
+    df_CK += _merge(jnp.sum(pairs_nllK * qp_nllK, axis=-3))
 
-    met = []
-    for level in _levels(chunk):
+    levels = _levels(chunk)
+    for level in levels:
         _, q_nhK = _halves(q_CK, level.half)
         (v_nhV, _), (_, do_nhV) = _halves(v_CV, level.half), _halves(do_CV, level.half)
         q_nhK = q_nhK * level.enter_nhK
         p_nhh = _matmul(do_nhV, _transpose(v_nhV))
-        a_nhh = _matmul(q_nhK, _transpose(level.leave_nhK))
-        dq_CK += _right(level.enter_nhK * _matmul(p_nhh, level.leave_nhK))
+        keys_nhK = _on_left(chunk, level)
+        a_nhh = _matmul(q_nhK, _transpose(keys_nhK))
+        dq_CK += _right(level.enter_nhK * _matmul(p_nhh, keys_nhK))
         dv_CV += _left(_matmul(_transpose(a_nhh), do_nhV))
-        met.append((level, _matmul(_transpose(p_nhh), q_nhK)))
+        df_CK += _left(level.leave_nhK * _matmul(_transpose(p_nhh), q_nhK))
 
     # The keys act through the normaliser too, for which all of dq is needed.
     x_CK = q_CK * dq_CK
-    dk_CK = chunk.leave_CK * (_matmul(v_CV, _transpose(ds_KV)) - r_K[..., None, :])
-    x_nlK = _leaves(x_CK)
-    to_pair_nllK = q_nlK[..., :, None, :] * p_nll[..., None] - x_nlK[..., :, None, :]
-    dk_CK += _merge(jnp.sum(pairs_nllK * to_pair_nllK, axis=-3))
-    for level, by_q_nhK in met:
+    dk_CK = df_CK if chunk.f_CK is None else chunk.f_CK * df_CK
+    dk_CK -= chunk.leave_CK * r_K[..., None, :]
+    dk_CK -= _merge(jnp.sum(pairs_nllK * _leaves(x_CK)[..., :, None, :], axis=-3))
+    for level in levels:
         _, x_nhK = _halves(x_CK, level.half)
         by_z_n1K = jnp.sum(level.enter_nhK * x_nhK, axis=-2, keepdims=True)
-        dk_CK += _left(level.leave_nhK * (by_q_nhK - by_z_n1K))
+        dk_CK -= _left(level.leave_nhK * by_z_n1K)
     r_before_K = chunk.across_K1[..., 0] * r_K + jnp.sum(chunk.enter_CK * x_CK, axis=-2)
 
     # A channel's first key does not make the state decay.
@@ -149,7 +158,25 @@ def backward(chunk: Chunk, s_KV, do_CV, ds_KV, r_K):
     waited_CK = jnp.where(chunk.z_CK == -jnp.inf, chunk.enter_CK * x_CK, 0)
     kept_K -= jnp.sum(waited_CK, axis=-2)
     dk_CK += chunk.first_CK * kept_K[..., None, :]
-    return dq_CK, dk_CK, dv_CV, ds_before_KV, r_before_K
+    df_CK = None if chunk.f_CK is None else df_CK
+    return dq_CK, dk_CK, dv_CV, df_CK, ds_before_KV, r_before_K
+
+
+def _keys(chunk: Chunk) -> jax.Array:
+    """exp(k_j - z_e) f_j."""
+    return chunk.leave_CK if chunk.f_CK is None else chunk.leave_CK * chunk.f_CK
+
+
+def _on_pairs(chunk: Chunk, pairs_nllK) -> jax.Array:
+    """D_ij f_j within the leaves."""
+    return pairs_nllK if chunk.f_CK is None else pairs_nllK * _leaves(chunk.f_CK)[..., None, :, :]
+
+
+def _on_left(chunk: Chunk, level: _Level) -> jax.Array:
+    """exp(k_j - r) f_j of a level."""
+    if chunk.f_CK is None:
+        return level.leave_nhK
+    return level.leave_nhK * _halves(chunk.f_CK, level.half)[0]
 
 
 def _levels(chunk: Chunk) -> list[_Level]:

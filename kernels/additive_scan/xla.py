@@ -24,11 +24,12 @@ class _Inputs(NamedTuple):
     q: jax.Array  # [X, B, H, C, K], scaled
     k: jax.Array  # [X, B, H, C, K]
     v: jax.Array  # [X, B, H, C, V]
+    f: jax.Array | None  # [X, B, H, C, K]
     run: jax.Array | None  # [X, B, 1, C, 1], resets so far
     entering_run: jax.Array | None  # [X, B, 1, 1, 1]
 
 
-def additive_scan_xla(q, k, v, state: State, reset, *, scale, chunk_size=None):
+def additive_scan_xla(q, k, v, k_factor, state: State, reset, *, scale, chunk_size=None):
     """Chunked additive scan; arguments and results as in ``reference.py``.
 
     ``chunk_size`` is rounded up to a power of two.
@@ -36,16 +37,16 @@ def additive_scan_xla(q, k, v, state: State, reset, *, scale, chunk_size=None):
     chunk_size = min(chunk_size or CHUNK, q.shape[1])
     chunk_size = 1 << (chunk_size - 1).bit_length()
     run = None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
-    return _scan(q, k, v, *state, run, float(scale), chunk_size)
+    return _scan(q, k, v, k_factor, *state, run, float(scale), chunk_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _scan(q, k, v, s, z, run, scale, chunk_size):
-    return _scan_forward(q, k, v, s, z, run, scale, chunk_size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _scan(q, k, v, f, s, z, run, scale, chunk_size):
+    return _scan_forward(q, k, v, f, s, z, run, scale, chunk_size)[0]
 
 
-def _scan_forward(q, k, v, s, z, run, scale, chunk_size):
-    inputs = _cut(q, k, v, run, scale, chunk_size, s.dtype)
+def _scan_forward(q, k, v, f, s, z, run, scale, chunk_size):
+    inputs = _cut(q, k, v, f, run, scale, chunk_size, s.dtype)
     z_XBHCK, before_XBHK, last_BHK = _normaliser(inputs, z)
 
     def body(s_BHKV, chunk_inputs):
@@ -54,15 +55,15 @@ def _scan_forward(q, k, v, s, z, run, scale, chunk_size):
         return chunk_lib.next_state(chunk, s_BHKV), (s_BHKV, o_BHCV)
 
     s_end, (starts, o) = jax.lax.scan(body, s, (inputs, z_XBHCK, before_XBHK))
-    residuals = (q, k, v, run, z_XBHCK, before_XBHK, starts, s_end)
+    residuals = (q, k, v, f, run, z_XBHCK, before_XBHK, starts, s_end)
     return (_join(o, q.shape[1]), (s_end, last_BHK)), residuals
 
 
 def _scan_backward(scale, chunk_size, residuals, cotangents):
-    q, k, v, run, z_XBHCK, before_XBHK, starts, s_end = residuals
+    q, k, v, f, run, z_XBHCK, before_XBHK, starts, s_end = residuals
     do, (ds_end, dz_end) = cotangents
     dtype = s_end.dtype
-    inputs = _cut(q, k, v, run, scale, chunk_size, dtype)
+    inputs = _cut(q, k, v, f, run, scale, chunk_size, dtype)
     do_XBHCV = _cut_tokens(do.astype(dtype), chunk_size)
 
     def body(carry, chunk_inputs):
@@ -73,18 +74,19 @@ def _scan_backward(scale, chunk_size, residuals, cotangents):
 
     end = ds_end, jnp.sum(ds_end * s_end, axis=-1) - dz_end
     xs = (inputs, z_XBHCK, before_XBHK, starts, do_XBHCV)
-    (ds, r), (dq, dk, dv) = jax.lax.scan(body, end, xs, reverse=True)
+    (ds, r), (dq, dk, dv, df) = jax.lax.scan(body, end, xs, reverse=True)
     dz = jnp.where(before_XBHK[0] == -jnp.inf, 0, jnp.sum(ds * starts[0], axis=-1) - r)
     dq, dk, dv = (_join(x, q.shape[1]) for x in (scale * dq, dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), ds, dz, None
+    df = None if f is None else _join(df, q.shape[1]).astype(f.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), df, ds, dz, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _prepare(inputs: _Inputs, z_BHCK, before_BHK) -> chunk_lib.Chunk:
-    q, k, v, run, entering_run = inputs
-    return chunk_lib.prepare(q, k, v, z_BHCK, before_BHK, run, entering_run)
+    q, k, v, f, run, entering_run = inputs
+    return chunk_lib.prepare(q, k, v, f, z_BHCK, before_BHK, run, entering_run)
 
 
 def _normaliser(inputs: _Inputs, z_BHK):
@@ -127,7 +129,7 @@ def _normaliser(inputs: _Inputs, z_BHK):
     return jnp.logaddexp(carried, own_XBHCK), before_XBHK, z_end
 
 
-def _cut(q, k, v, run, scale, chunk_size, dtype) -> _Inputs:
+def _cut(q, k, v, f, run, scale, chunk_size, dtype) -> _Inputs:
     """Casts, pads and cuts rows into chunks."""
     entering_run = None
     if run is not None:
@@ -138,6 +140,7 @@ def _cut(q, k, v, run, scale, chunk_size, dtype) -> _Inputs:
         q=_cut_tokens(q.astype(dtype) * scale, chunk_size),
         k=_cut_tokens(k.astype(dtype), chunk_size, constant_values=-jnp.inf),
         v=_cut_tokens(v.astype(dtype), chunk_size),
+        f=None if f is None else _cut_tokens(f.astype(dtype), chunk_size),
         run=run,
         entering_run=entering_run,
     )

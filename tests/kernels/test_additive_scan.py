@@ -21,6 +21,7 @@ class Case:
     segments: tuple[int, ...] = ()
     absent: tuple[int, ...] = ()  # masked tokens
     keys: float = 1.0  # their size
+    factors: bool = False  # on the weights, of both signs
 
 
 CASES = {
@@ -32,6 +33,8 @@ CASES = {
     "nothing at first": Case((1, 20, 2, 4, 4), state="waiting", absent=tuple(range(11))),
     "holes": Case((1, 20, 2, 4, 4), state="full", absent=(0, 5, 8, 9, 19)),
     "no token at all": Case((1, 9, 2, 4, 4), state="waiting", absent=tuple(range(9))),
+    "factors": Case((1, 20, 2, 4, 4), state="full", absent=(3,), factors=True),
+    "factors, waiting": Case((1, 11, 2, 4, 4), "waiting", (7,), absent=(0, 1), factors=True),
     "segments": Case((1, 27, 2, 4, 4), state="full", segments=(1, 2, 8, 16, 19, 24)),
     "segments and holes": Case((1, 27, 2, 4, 4), "waiting", (3, 9, 22), absent=(0, 3, 4, 9, 10)),
 }
@@ -44,6 +47,8 @@ def arrays(case: Case, dtype="float32"):
     q, k = normal(batch, tokens, heads, key_dim), normal(batch, tokens, heads, key_dim)
     inputs = {"q": q, "k": k * case.keys, "v": normal(batch, tokens, heads, value_dim)}
     s, z = normal(batch, heads, key_dim, value_dim), normal(batch, heads, key_dim)
+    if case.factors:
+        inputs["k_factor"] = jnp.cos(3 * normal(*q.shape))
     if case.state != "none":
         inputs["initial_state"] = (s, z if case.state == "full" else None)
     return inputs
@@ -152,6 +157,21 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert error <= 5e-3 * jnp.sqrt(jnp.mean(expected**2))
 
 
+def test_attention_is_the_last_state_of_the_scan():
+    """With factors on the keys too: values, and gradients in all arguments."""
+    inputs = arrays(Case((2, 20, 2, 4, 4), factors=True))
+
+    def scanned(inputs):
+        _, (s, _) = additive_scan(**inputs)
+        return jnp.einsum("bthk,bhkv->bthv", inputs["q"] / 2, s)
+
+    pairs = []
+    for attend in (scanned, lambda inputs: additive_attention(**inputs)):
+        o, pull = jax.vjp(attend, inputs)
+        pairs.append((o, pull(jnp.cos(jnp.arange(o.size)).reshape(o.shape))[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), *pairs)
+
+
 def test_attention_ignores_order_and_absent_tokens():
     q, k, v = (arrays(Case((2, 20, 2, 4, 4), keys=50))[name] for name in "qkv")
     o = additive_attention(q, k, v)
@@ -168,11 +188,12 @@ def test_attention_ignores_order_and_absent_tokens():
     assert jnp.isfinite(gradient).all() and (gradient[1] == 0).all()
 
 
-def test_attention_by_blocks(monkeypatch):
+@pytest.mark.parametrize("factors", [False, True])
+def test_attention_by_blocks(monkeypatch, factors):
     """Long rows go block by block, with the same values and gradients."""
     from scanax.kernels.additive_scan import attention
 
-    inputs = arrays(Case((2, 21, 2, 4, 4), keys=50))
+    inputs = arrays(Case((2, 21, 2, 4, 4), keys=50, factors=factors))
 
     def run():
         o, pull = jax.vjp(lambda x: additive_attention(**x), inputs)

@@ -159,7 +159,7 @@ def test_without_order(name, dtype):
         o, pull = jax.vjp(jax.jit(attend), *arrays)
         gradients = pull(jnp.asarray(flat(golden["do"]), dtype))
         k = arrays[1] if mask is None else jnp.where(mask[..., None, None], arrays[1], -jnp.inf)
-        s, z = attention.summary(k, arrays[2], jnp.dtype(dtype))
+        s, z = attention.summary(k, arrays[2], None, jnp.dtype(dtype))
         # The same state as the last one of the causal scan, in any order.
         _, (s_causal, z_causal) = additive_scan(*arrays, mask=mask)
     for key, value in {"S": s, "z": z}.items():

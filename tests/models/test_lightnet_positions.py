@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scanax.kernels import additive_scan
 from scanax.models.lightnet import lrpe, tpe
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lightnet"
@@ -88,6 +89,25 @@ def test_lrpe_golden(name):
         assert error(gradient, golden[key]) <= 5e-5 * np.abs(golden[key]).max(), key
     scores = jnp.einsum("bhnd,bhmd->bhnm", o, op(jnp.asarray(golden["x2"]), theta))
     assert error(scores, golden["score"]) <= 5e-5
+
+
+def test_turned_keys_in_the_causal_scan():
+    """Normalised first and turned second; every weight serves a cosine and a sine channel."""
+    golden = case_of(LRPE, "causal_with_lrpe")
+    angles = lrpe.angles(jnp.asarray(golden["theta"]), (golden["q"].shape[1],), 8)
+
+    def op(q, k, v):
+        factor = lrpe.cosine(jnp.ones_like(k), angles)
+        twice = jnp.concatenate([k, k], axis=-1)
+        o, (s, _) = additive_scan(lrpe.cosine(q, angles), twice, v, k_factor=factor, scale=1.0)
+        return o, s
+
+    arrays = [jnp.asarray(golden[key]) for key in "qkv"]
+    (o, s), pull = jax.vjp(jax.jit(op), *arrays)
+    assert error(o, golden["o"]) <= 1e-5 and error(s, golden["S_T"]) <= 1e-5
+    gradients = pull((jnp.asarray(golden["do"]), jnp.zeros_like(s)))
+    for gradient, key in zip(gradients, ("dq", "dk", "dv"), strict=True):
+        assert error(gradient, golden[key]) <= 5e-5 * np.abs(golden[key]).max(), key
 
 
 def test_scores_depend_on_the_difference_of_places_alone():
