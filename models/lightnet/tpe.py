@@ -8,13 +8,92 @@ Bidirectional products add coefficients of their own for m > n. The three forms 
 multiplies by the n x n matrix, for short axes; ``fft`` is a linear convolution by zero-padded
 transforms; ``recurrence`` carries E numbers per channel from token to token, works in time and
 memory linear in n, and continues from a state (causal, one axis).
+
+The layer has one exponential per head and axis, as in the author's later code: the product goes
+through an RMSNorm and a projection, and the sum over the axes replaces the embedded tokens.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..layers import Dense, DType, Initializer, RMSNorm, parameter
+
 FORMS = ("dense", "fft", "recurrence")
 DENSE = 128  # longest axis that takes the dense form by default
+NORM_EPS = 1e-5  # added to the sum of squares, not to their mean
+
+
+class MDTPE(nn.Module):
+    """Positions for embedded tokens on a grid.
+
+    Attributes:
+      axes: of the grid.
+      num_heads: groups of consecutive channels that share a decay.
+      bidirectional: tokens also see those behind them, with a decay and gain of their own.
+      share_axes: one set of parameters for all axes.
+      kernel_init, dtype, param_dtype: of the projection; dtype of the output.
+    """
+
+    axes: int
+    num_heads: int
+    bidirectional: bool
+    share_axes: bool
+    kernel_init: Initializer
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, n_1, ..., n_axes, C] -> the same shape, in ``dtype``.
+
+        Raises:
+          ValueError: if the grid has another number of axes, or heads do not divide C.
+        """
+        if x.ndim != self.axes + 2:
+            raise ValueError(f"MDTPE takes [B, {self.axes} axes, C]; got shape {x.shape}")
+        if x.shape[-1] % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide {x.shape[-1]} channels")
+        names = [f"axis_{0 if self.share_axes else s}" for s in range(self.axes)]
+        settings = (self.num_heads, self.bidirectional, self.kernel_init)
+        layers = {n: _Axis(*settings, self.dtype, self.param_dtype, name=n) for n in set(names)}
+        y = jnp.zeros(x.shape, self.dtype)
+        for s, name in enumerate(names):
+            y = y + layers[name](x, 1 + s)
+        return y
+
+
+class _Axis(nn.Module):
+    num_heads: int
+    bidirectional: bool
+    kernel_init: Initializer
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x, axis: int):
+        channels = x.shape[-1]
+        backward = self._exponential("back_", channels) if self.bidirectional else None
+        core = toeplitz(x, *self._exponential("", channels), axis=axis, backward=backward)
+        eps = NORM_EPS / channels
+        core = RMSNorm(eps, "heads", self.dtype, self.param_dtype, name="norm")(core)
+        axes = ("heads", "embed")
+        project = Dense(
+            channels, axes, self.kernel_init, self.dtype, self.param_dtype, name="o_proj"
+        )
+        return project(core)
+
+    def _exponential(self, prefix: str, channels: int):
+        """b and log decay, [C, 1] each: the gain <q, k> and the decay of a channel's head."""
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        own = lambda name, init, size: parameter(
+            self, prefix + name, init, ("heads",), (size,), self.param_dtype
+        )
+        q_C, k_C = own("q", ones, channels), own("k", ones, channels)
+        decay_H = own("log_decay", zeros, self.num_heads)
+        gain_H = jnp.sum((q_C * k_C).reshape(self.num_heads, -1), axis=-1)
+        spread = lambda x_H: jnp.repeat(x_H, channels // self.num_heads)[:, None]
+        return spread(gain_H), spread(nn.log_sigmoid(decay_H))
 
 
 def toeplitz(

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,54 @@ def test_recurrence_continues_token_by_token():
     for t in range(golden["x"].shape[1]):
         y, state = step(golden["x"][:, t : t + 1], b, decay, state)
         assert error(y, golden["y"][:, t : t + 1]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", [name for name in TPE_META if name.startswith("layer")])
+def test_layer_golden(name):
+    golden, meta = case_of(TPE, name), TPE_META[name]
+    axes = len(meta["grid"])
+    module = layer(axes, meta["heads"])
+    names = {"q": "q", "k": "k", "log_decay": "log_decay", "norm_w": "norm", "o_proj": "o_proj"}
+    params = {}
+    for s in range(axes):
+        own = {ours: jnp.asarray(golden[f"{theirs}{s}"]) for theirs, ours in names.items()}
+        own |= {"norm": {"scale": own["norm"]}, "o_proj": {"kernel": own["o_proj"].T}}
+        params[f"axis_{s}"] = own
+    apply = jax.jit(lambda params, x: module.apply({"params": params}, x))
+    y, pull = jax.vjp(apply, params, jnp.asarray(golden["x"]))
+    assert error(y, golden["y"]) <= 2e-5
+    gradients, dx = pull(jnp.asarray(golden["dy"]))
+    assert error(dx, golden["dx"]) <= 5e-5 * np.abs(golden["dx"]).max()
+    for s in range(axes):
+        own = gradients[f"axis_{s}"]
+        own |= {"norm": own["norm"]["scale"], "o_proj": own["o_proj"]["kernel"].T}
+        for theirs, ours in names.items():
+            expected = golden[f"d{theirs}{s}"]
+            assert error(own[ours], expected) <= 5e-5 * np.abs(expected).max(), theirs
+
+
+def layer(axes: int, heads: int, bidirectional=False, share_axes=False) -> tpe.MDTPE:
+    init = nn.initializers.normal(0.02)
+    return tpe.MDTPE(axes, heads, bidirectional, share_axes, init, "float32", "float32")
+
+
+def test_bidirectional_layer_sees_both_sides_and_shares_its_axes():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 5, 6)), jnp.float32)
+    module = layer(2, 3, bidirectional=True, share_axes=True)
+    params = module.init(jax.random.key(0), x)["params"]
+    assert list(params) == ["axis_0"] and {"back_q", "back_k"} < set(params["axis_0"])
+    see = lambda module, params: jax.grad(
+        lambda x: jnp.sum(module.apply({"params": params}, x)[0, 1, 2] ** 2)
+    )(x)[0]
+    seen = (see(module, params) != 0).any(axis=-1)
+    assert seen[1].all() and seen[:, 2].all() and seen.sum() == 8  # its row and its column
+    causal = layer(2, 3)
+    seen = see(causal, causal.init(jax.random.key(0), x)["params"]) != 0
+    assert not seen[2:].any() and not seen[:, 3:].any()
+    with pytest.raises(ValueError, match="4 heads do not divide 6"):
+        layer(2, 4).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"takes \[B, 1 axes, C\]"):
+        layer(1, 3).init(jax.random.key(0), x)
 
 
 def test_unknown_form():
