@@ -33,7 +33,7 @@ def parameter(
 
 
 class Dense(nn.Module):
-    """x @ kernel without a bias; kernel [in, features] with two logical axis names.
+    """x @ kernel (+ bias); kernel [in, features] with two logical axis names.
 
     ``out_dtype`` is that of the sums and the result; ``dtype`` if None.
     """
@@ -44,6 +44,7 @@ class Dense(nn.Module):
     dtype: DType
     param_dtype: DType
     out_dtype: DType | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,24 +52,32 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
+        y = jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
+        if not self.bias:
+            return y
+        axes, shape, zeros = self.axes[1:], (self.features,), nn.initializers.zeros
+        bias_F = parameter(self, "bias", zeros, axes, shape, self.param_dtype)
+        return y + jnp.expand_dims(bias_F.astype(y.dtype), range(y.ndim - 1))
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 or better."""
+    """x / sqrt(mean(x^2) + eps) (* scale) over the last axis, computed in float32 or better."""
 
     eps: float
     axis_name: str
     dtype: DType
     param_dtype: DType
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in ``dtype``."""
-        axes, shape = (self.axis_name,), (x.shape[-1],)
-        scale_D = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
         x = x.astype(accumulation_dtype(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        if not self.affine:
+            return x.astype(self.dtype)
+        axes, shape = (self.axis_name,), (x.shape[-1],)
+        scale_D = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
         scale = jnp.expand_dims(scale_D.astype(x.dtype), range(x.ndim - 1))
         return (x * scale).astype(self.dtype)
 
@@ -142,6 +151,26 @@ class ShortConv(nn.Module):
                 tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0)
             y_BTD = y_BTD + kernel_WD[i][None, None] * tap_BTD
         return y_BTD, last
+
+
+def segment_runs(segment_ids, mask):
+    """[B, T] segments numbered by change, so that an id may come back; None if there are none.
+
+    Padding gets the number of the real token before it, whatever its id.
+    """
+    if segment_ids is None:
+        return None
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    runs_BT = jnp.cumsum(jnp.pad(changed, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return runs_BT if mask is None else jax.lax.cummax(jnp.where(mask, runs_BT, 0), axis=1)
+
+
+def tokens_up_to_last(mask):
+    """[B] tokens up to and including the last real one; None without a mask."""
+    if mask is None:
+        return None
+    after_BT = 1 + jnp.broadcast_to(jnp.arange(mask.shape[1])[None], mask.shape)
+    return jnp.max(jnp.where(mask, after_BT, 0), axis=1)
 
 
 def _window(x, start_B, width: int):

@@ -22,6 +22,9 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "classes": None,
     "pixels": None,
+    "rank": None,  # of low-rank projections
+    "rates": None,  # of positions and times
+    "rates_heads": None,
     "head_dim": None,
     "conv": None,
 }

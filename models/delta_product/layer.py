@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ...kernels import delta_product, delta_product_step
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, ShortConv, parameter
+from ..layers import Dense, RMSNorm, ShortConv, parameter, segment_runs, tokens_up_to_last
 from .config import DeltaProductConfig
 
 L2_EPS = 1e-6  # inside the square root, as in the published layer
@@ -59,8 +59,8 @@ class DeltaProduct(nn.Module):
         value_dim = c.value_dim
         if mask is not None:
             x_BTD = jnp.where(mask[..., None], x_BTD, 0)
-        runs_BT = _runs(segment_ids, mask)
-        place = (runs_BT, cache, _end(mask))
+        runs_BT = segment_runs(segment_ids, mask)
+        place = (runs_BT, cache, tokens_up_to_last(mask))
         q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, *place)
         k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, *place)
         v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, *place)
@@ -145,26 +145,6 @@ def l2_normalise(x: jax.Array) -> jax.Array:
     wide = _at_least_float32(x)
     wide = wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + L2_EPS)
     return wide.astype(x.dtype)
-
-
-def _runs(segment_ids, mask):
-    """[B, T] segments numbered by change, so that an id may come back; None if there are none.
-
-    Padding gets the number of the real token before it, whatever its id.
-    """
-    if segment_ids is None:
-        return None
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    runs_BT = jnp.cumsum(jnp.pad(changed, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    return runs_BT if mask is None else jax.lax.cummax(jnp.where(mask, runs_BT, 0), axis=1)
-
-
-def _end(mask):
-    """[B] tokens up to and including the last real one; None without a mask."""
-    if mask is None:
-        return None
-    after_BT = 1 + jnp.broadcast_to(jnp.arange(mask.shape[1])[None], mask.shape)
-    return jnp.max(jnp.where(mask, after_BT, 0), axis=1)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import layout
 from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
+from ..lightnet import LightNetLM, LightNetLMConfig, interop as lightnet
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -58,6 +59,14 @@ FAMILIES = {
     "fla_delta_product": _DELTA_PRODUCT,
     "official_delta_product": dataclasses.replace(
         _DELTA_PRODUCT, read=delta_product.join_steps, write=delta_product.split_steps
+    ),
+    "fla_lightnet": Family(
+        lightnet.config_from_fla,
+        LightNetLMConfig,
+        lightnet.model_table,
+        LightNetLM,
+        lightnet.config_to_fla,
+        ("language_model",),
     ),
 }
 

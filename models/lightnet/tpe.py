@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ...kernels.dtypes import accumulation_dtype
 from ..layers import Dense, DType, Initializer, RMSNorm, parameter
 
 FORMS = ("dense", "fft", "recurrence")
@@ -44,11 +45,22 @@ class MDTPE(nn.Module):
     param_dtype: DType
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, n_1, ..., n_axes, C] -> the same shape, in ``dtype``.
+    def __call__(self, x: jax.Array, *, mask=None, segment_ids=None, state=None):
+        """Places tokens.
+
+        Args:
+          x: [B, n_1, ..., n_axes, C].
+          mask: [B, n_1, ..., n_axes] bool, True = a token; the others are not seen.
+          segment_ids: [B, n] integers, causal on one axis: tokens see their segment alone.
+          state: [B, C], causal on one axis: what earlier tokens left, or None.
+
+        Returns:
+          y, of x's shape in ``dtype``, and the state after the last token [B, C] (None unless
+          causal on one axis).
 
         Raises:
-          ValueError: if the grid has another number of axes, or heads do not divide C.
+          ValueError: if the grid has another number of axes, heads do not divide C, or there are
+            segments or a state where the product is not causal on one axis.
         """
         if x.ndim != self.axes + 2:
             raise ValueError(f"MDTPE takes [B, {self.axes} axes, C]; got shape {x.shape}")
@@ -57,10 +69,17 @@ class MDTPE(nn.Module):
         names = [f"axis_{0 if self.share_axes else s}" for s in range(self.axes)]
         settings = (self.num_heads, self.bidirectional, self.kernel_init)
         layers = {n: _Axis(*settings, self.dtype, self.param_dtype, name=n) for n in set(names)}
+        sequence = self.axes == 1 and not self.bidirectional
+        if not sequence and (segment_ids is not None or state is not None):
+            raise ValueError("segments and states are for a causal product along one axis")
+        if sequence:
+            return layers[names[0]](x, 1, (mask, segment_ids, state))
+        if mask is not None:
+            x = jnp.where(mask[..., None], x, 0)
         y = jnp.zeros(x.shape, self.dtype)
         for s, name in enumerate(names):
-            y = y + layers[name](x, 1 + s)
-        return y
+            y = y + layers[name](x, 1 + s, None)[0]
+        return y, None
 
 
 class _Axis(nn.Module):
@@ -71,17 +90,22 @@ class _Axis(nn.Module):
     param_dtype: DType
 
     @nn.compact
-    def __call__(self, x, axis: int):
+    def __call__(self, x, axis: int, sequence):
+        """``sequence``: None, or (mask, segment_ids, state) of a causal product."""
         channels = x.shape[-1]
-        backward = self._exponential("back_", channels) if self.bidirectional else None
-        core = toeplitz(x, *self._exponential("", channels), axis=axis, backward=backward)
+        own, state = self._exponential("", channels), None
+        if sequence is None:
+            backward = self._exponential("back_", channels) if self.bidirectional else None
+            core = toeplitz(x, *own, axis=axis, backward=backward)
+        else:
+            core, state = _sequence(x, *own, *sequence)
         eps = NORM_EPS / channels
         core = RMSNorm(eps, "heads", self.dtype, self.param_dtype, name="norm")(core)
         axes = ("heads", "embed")
         project = Dense(
             channels, axes, self.kernel_init, self.dtype, self.param_dtype, name="o_proj"
         )
-        return project(core)
+        return project(core), state
 
     def _exponential(self, prefix: str, channels: int):
         """b and log decay, [C, 1] each: the gain <q, k> and the decay of a channel's head."""
@@ -165,6 +189,30 @@ def recurrence(x_nC, b_CE, log_decay_CE, state_CE=None) -> tuple[jax.Array, jax.
 
     state_CE, y = jax.lax.scan(token, state_CE, jnp.moveaxis(x_nC, -2, 0))
     return jnp.moveaxis(y, 0, -2), state_CE
+
+
+def _sequence(x_BTC, b_C1, log_decay_C1, mask_BT, segments_BT, state_BC):
+    """Causal product along T with one exponential per channel, and the state after it [B, C].
+
+    A parallel scan, as decays may differ from token to token: 1 where there is no token, 0 where
+    a segment begins.
+    """
+    wide = accumulation_dtype(x_BTC.dtype)
+    h_BTC = x_BTC.astype(wide)
+    decay_BTC = jnp.broadcast_to(jnp.exp(log_decay_C1.astype(wide))[None, None, :, 0], h_BTC.shape)
+    if mask_BT is not None:
+        h_BTC = jnp.where(mask_BT[..., None], h_BTC, 0)
+        decay_BTC = jnp.where(mask_BT[..., None], decay_BTC, 1)
+    if segments_BT is not None:
+        begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+        begins_BT = jnp.pad(begins_BT, ((0, 0), (1, 0)))
+        decay_BTC = jnp.where(begins_BT[..., None], 0, decay_BTC)
+    if state_BC is not None:
+        h_BTC = h_BTC.at[:, 0].add(decay_BTC[:, 0] * state_BC.astype(wide))
+    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    _, h_BTC = jax.lax.associative_scan(join, (decay_BTC, h_BTC), axis=1)
+    y_BTC = b_C1.astype(wide)[None, None, :, 0] * h_BTC
+    return y_BTC.astype(x_BTC.dtype), h_BTC[:, -1]
 
 
 def _dense(x_nC, t_nC, t_back_nC):

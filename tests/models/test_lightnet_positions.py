@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels import additive_scan
+from scanax.kernels import additive_attention, additive_scan
 from scanax.models.lightnet import lrpe, tpe
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lightnet"
@@ -76,7 +76,7 @@ def test_layer_golden(name):
         own = {ours: jnp.asarray(golden[f"{theirs}{s}"]) for theirs, ours in names.items()}
         own |= {"norm": {"scale": own["norm"]}, "o_proj": {"kernel": own["o_proj"].T}}
         params[f"axis_{s}"] = own
-    apply = jax.jit(lambda params, x: module.apply({"params": params}, x))
+    apply = jax.jit(lambda params, x: module.apply({"params": params}, x)[0])
     y, pull = jax.vjp(apply, params, jnp.asarray(golden["x"]))
     assert error(y, golden["y"]) <= 2e-5
     gradients, dx = pull(jnp.asarray(golden["dy"]))
@@ -100,7 +100,7 @@ def test_bidirectional_layer_sees_both_sides_and_shares_its_axes():
     params = module.init(jax.random.key(0), x)["params"]
     assert list(params) == ["axis_0"] and {"back_q", "back_k"} < set(params["axis_0"])
     see = lambda module, params: jax.grad(
-        lambda x: jnp.sum(module.apply({"params": params}, x)[0, 1, 2] ** 2)
+        lambda x: jnp.sum(module.apply({"params": params}, x)[0][0, 1, 2] ** 2)
     )(x)[0]
     seen = (see(module, params) != 0).any(axis=-1)
     assert seen[1].all() and seen[:, 2].all() and seen.sum() == 8  # its row and its column
@@ -111,6 +111,28 @@ def test_bidirectional_layer_sees_both_sides_and_shares_its_axes():
         layer(2, 4).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"takes \[B, 1 axes, C\]"):
         layer(1, 3).init(jax.random.key(0), x)
+
+
+def test_layer_along_a_sequence_knows_padding_segments_and_states():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 7, 6)), jnp.float32)
+    module = layer(1, 3)
+    params = {"params": module.init(jax.random.key(0), x)["params"]}
+    whole, end = module.apply(params, x)
+    first, state = module.apply(params, x[:, :3])
+    rest, last = module.apply(params, x[:, 3:], state=state)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-6)
+    np.testing.assert_allclose(last, end, atol=1e-6)
+    mask = jnp.asarray([[False, False, True, True, True, True, True, False]])
+    padded = jnp.concatenate([x[:, 5:], x[:, :5], x[:, :1]], axis=1)
+    y, state = module.apply(params, padded, mask=mask)
+    np.testing.assert_allclose(y[:, 2:7], whole[:, :5], atol=1e-6)
+    np.testing.assert_allclose(state, module.apply(params, x[:, :5])[1], atol=1e-6)
+    y, state = module.apply(params, x, segment_ids=jnp.asarray([[1, 1, 1, 2, 2, 2, 2]]))
+    alone, alone_state = module.apply(params, x[:, 3:])
+    np.testing.assert_allclose(y[:, 3:], alone, atol=1e-6)
+    np.testing.assert_allclose(state, alone_state, atol=1e-6)
+    with pytest.raises(ValueError, match="causal product along one axis"):
+        layer(1, 3, bidirectional=True).init(jax.random.key(0), x, state=state)
 
 
 def test_unknown_form():
@@ -128,7 +150,7 @@ def test_lrpe_golden(name):
 
     @jax.jit
     def op(x, theta):
-        angles = lrpe.angles(theta, meta["grid"], width, extra=meta["extra"], offset=offset)
+        angles = lrpe.angles(theta, lrpe.places(meta["grid"], meta["extra"]) + offset, width)
         return swap(form(swap(x), angles))
 
     theta = jnp.asarray(golden["theta"])
@@ -143,12 +165,12 @@ def test_lrpe_golden(name):
 def test_turned_keys_in_the_causal_scan():
     """Normalised first and turned second; every weight serves a cosine and a sine channel."""
     golden = case_of(LRPE, "causal_with_lrpe")
-    angles = lrpe.angles(jnp.asarray(golden["theta"]), (golden["q"].shape[1],), 8)
+    place = lrpe.places((golden["q"].shape[1],))
+    angles = lrpe.angles(jnp.asarray(golden["theta"]), place, 8)
 
     def op(q, k, v):
-        factor = lrpe.cosine(jnp.ones_like(k), angles)
-        twice = jnp.concatenate([k, k], axis=-1)
-        o, (s, _) = additive_scan(lrpe.cosine(q, angles), twice, v, k_factor=factor, scale=1.0)
+        q, k, factor = lrpe.turn_additive(q, k, angles, rotation=False)
+        o, (s, _) = additive_scan(q, k, v, k_factor=factor, scale=1.0)
         return o, s
 
     arrays = [jnp.asarray(golden[key]) for key in "qkv"]
@@ -162,14 +184,36 @@ def test_turned_keys_in_the_causal_scan():
 def test_scores_depend_on_the_difference_of_places_alone():
     """Shifting both tokens along both axes leaves every product as it is."""
     theta = jnp.asarray(lrpe.grid_theta(2, 7, 2), jnp.float32)
-    angles = lrpe.angles(theta, (5, 6), 7).reshape(5, 6, 2, 7)
+    angles = lrpe.angles(theta, lrpe.places((5, 6)), 7).reshape(5, 6, 2, 7)
     generator = np.random.default_rng(0)
     q, k = (jnp.asarray(generator.normal(size=(1, 1, 2, 7)), jnp.float32) for _ in range(2))
     score = lambda a, b: jnp.sum(
-        lrpe.cosine(q, angles[a][None]) * lrpe.cosine(k, angles[b][None]), axis=-1
+        lrpe.cosine(q, angles[a][None, None]) * lrpe.cosine(k, angles[b][None, None]), axis=-1
     )
     np.testing.assert_allclose(score((0, 1), (2, 0)), score((2, 5), (4, 4)), atol=1e-5)
     assert np.abs(score((0, 1), (2, 0)) - score((0, 1), (2, 3))).max() > 1e-2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotated_weights_of_the_additive_kernels(causal):
+    """Both halves of the split rotation together turn the softmax of the keys."""
+    generator = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(generator.normal(size=(2, 6, 2, 4)), jnp.float32) for _ in range(3))
+    theta = jnp.asarray(lrpe.theta_table(1, 2, 4, 2), jnp.float32)
+    angles = lrpe.angles(theta, lrpe.places((2, 3)), 2)
+    o = np.zeros(v.shape, np.float32)
+    for t in range(6):
+        seen = slice(0, t + 1 if causal else 6)
+        weights = lrpe.rotate(jax.nn.softmax(k[:, seen], axis=1), angles[:, seen])
+        state = jnp.einsum("bthk,bthv->bhkv", weights, v[:, seen])
+        o[:, t] = jnp.einsum("bhk,bhkv->bhv", lrpe.rotate(q, angles)[:, t], state)
+    arrays = q2, k2, factor = lrpe.turn_additive(q, k, angles, rotation=True)
+    assert {x.shape for x in arrays} == {(2, 6, 2, 8)}
+    if causal:
+        found, _ = additive_scan(q2, k2, v, k_factor=factor, scale=1.0)
+    else:
+        found = additive_attention(q2, k2, v, k_factor=factor, scale=1.0)
+    assert error(found, o) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", lrpe.THETA_TYPES)
@@ -184,6 +228,6 @@ def test_wrong_positions_are_named():
     with pytest.raises(ValueError, match="width 15 is odd"):
         lrpe.fixed_theta(1, 15)
     with pytest.raises(ValueError, match="over 2 axes needs 4"):
-        lrpe.angles(jnp.zeros((1, 3)), (2, 2), 7)
+        lrpe.angles(jnp.zeros((1, 3)), lrpe.places((2, 2)), 7)
     with pytest.raises(ValueError, match="a grid of 3 x 4 and 1 extra tokens make 13 tokens"):
         lrpe.check_grid((3, 4), 12, extra=1)
