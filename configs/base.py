@@ -1,13 +1,15 @@
 """Every configuration key, once, with its default.
 
-A config file returns ``base.get_config(task)`` with what differs. What the keys mean to the
+A config file returns ``base.get_config(task, family)`` with what differs. What the keys mean to the
 code, and which values are valid, stands with the code that reads them:
 
   Config            train/config.py         DeltaProductConfig  models/delta_product/config.py
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
   MLPConfig         models/mlp.py           FormalLanguageConfig  train/tasks/formal_language.py
-                                            ImageConfig         train/data/image_sources.py
+  LightNetLMConfig, LightNetGridConfig      ImageConfig         train/data/image_sources.py
+                    models/lightnet/config.py  MaskedTextConfig
+                                               train/tasks/masked_language_model.py
 
 Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """
@@ -15,17 +17,24 @@ Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-
 import ml_collections
 
 
-def get_config(task: str) -> ml_collections.ConfigDict:
-    """All keys of a run of ``task``, at their defaults."""
+def get_config(task: str, family: str = "") -> ml_collections.ConfigDict:
+    """All keys of a run of ``task``, at their defaults.
+
+    Args:
+      task: a key of ``_MODEL``.
+      family: of the model; "" for the first that the task has.
+    """
+    family = family or next(iter(_MODEL[task]))
     return ml_collections.ConfigDict(
         {
             "task": task,  # what is trained: a file of train/tasks
+            "family": family,  # what kind of model: see models; it decides the keys of model
             "seed": 0,  # of the parameters and of all noise in training
             "num_steps": 1000,  # updates
             "batch_size": 64,  # examples per update, over all devices
             "microbatches": 1,  # an update's batch is computed in this many parts
             "max_bad_steps": 10,  # stop after so many non-finite updates in a row
-            "model": _MODEL[task](),
+            "model": _MODEL[task][family](),
             "data": _DATA[task](),
             "optimizer": {
                 "learning_rate": 1e-3,  # peak
@@ -97,6 +106,53 @@ def _delta_product() -> dict:
     }
 
 
+def _lightnet() -> dict:
+    return {
+        "mixer": "lightnet",  # or, in its place: softmax, linear, gla or gla_two_scans
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 0,  # of queries and keys; 0 = hidden_size / num_heads
+        "scale": 0.0,  # of queries; 0 = head_dim**-0.5
+        "output_gate": "silu",  # silu, sigmoid or none
+        "gate_low_rank_dim": 16,
+        "elementwise_affine": True,  # weights of the output norm
+        "intermediate_size": 0,  # 0 = 8/3 hidden_size, rounded up to a multiple of 256
+        "use_short_conv": False,
+        "conv_size": 4,
+        "tpe": "bidirectional",  # positions on the embedding: none, causal or bidirectional
+        "tpe_share_axes": False,
+        "use_lrpe": True,  # positions in every layer
+        "theta_type": 0,  # their rates: 0, a range per head, or 1 to 6, the published tables
+        "learn_theta": False,
+        "norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": False,
+        "implementation": "auto",  # of the scan
+    }
+
+
+def _lightnet_lm(causal: bool) -> dict:
+    return {
+        **_lightnet(),
+        "tpe": "causal" if causal else "bidirectional",
+        "vocab_size": 0,  # 0 = what the data needs
+        "tie_word_embeddings": False,
+        "causal": causal,
+    }
+
+
+def _lightnet_grid() -> dict:
+    return {
+        **_lightnet(),
+        "patch_size": (2, 2),  # one number per axis of the grid
+        "class_token": False,  # classify a token of its own, not the mean
+        "drop_path": 0.0,  # stochastic depth, of the last layer
+    }
+
+
 def _word_problem() -> dict:
     return {
         "group": "S3",  # S3, S4, A5 or S5
@@ -140,17 +196,25 @@ def _text() -> dict:
         "eval_fraction": 0.1,  # held out, if nothing else is given
         "tokenizer": "byte",  # byte, char, a tokenizer.json or a folder with GPT-2's files
         "end_of_document": True,  # put the tokenizer's end token after every document
-        "layout": "blocks",  # packed, blocks, streams, or rows that were prepared
+        "layout": "blocks",  # packed, padded, blocks, streams, or rows that were prepared
         "length": 256,  # tokens per row
         "random_offset": False,  # blocks begin at another offset in every epoch
-        "long_documents": "error",  # packed, longer than a row: error or split
+        "long_documents": "error",  # packed, padded: longer than a row: error or split
         "seed": 0,  # of the order
+    }
+
+
+def _masked_text() -> dict:
+    return {
+        **_text(),
+        "layout": "padded",  # padded or blocks: one document, or piece of text, per row
+        "mask_rate": 0.15,  # of the tokens, to be predicted
     }
 
 
 def _images() -> dict:
     return {
-        "source": "embedded",  # embedded (8 x 8 digits), files or tfds
+        "source": "embedded",  # embedded (8 x 8 digits), moving_digits, files or tfds
         "path": "",  # files: a folder or zip of class folders, or an array file
         "eval_path": "",  # files: evaluation images; empty = hold some of path out
         "labels_path": "",  # files: labels of an .npy or idx file
@@ -184,15 +248,18 @@ def _mlp() -> dict:
     return {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
 
 
+_CAUSAL = {"delta_product": _delta_product, "lightnet": lambda: _lightnet_lm(causal=True)}
 _MODEL = {
-    "word_problem": _delta_product,
-    "formal_language": _delta_product,
-    "language_model": _delta_product,
-    "image_classification": _mlp,
+    "word_problem": _CAUSAL,
+    "formal_language": _CAUSAL,
+    "language_model": _CAUSAL,
+    "masked_language_model": {"lightnet": lambda: _lightnet_lm(causal=False)},
+    "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid},
 }
 _DATA = {
     "word_problem": _word_problem,
     "formal_language": _formal_language,
     "language_model": _text,
+    "masked_language_model": _masked_text,
     "image_classification": _images,
 }

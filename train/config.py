@@ -90,6 +90,7 @@ class Config:
 
     Attributes:
       task: name of the file in ``train/tasks`` that builds the ``Task``.
+      family: of the model; the task knows which it can train.
       seed: of the parameters and of all noise in training.
       num_steps: parameter updates.
       batch_size: examples per update, over all devices and microbatches.
@@ -100,6 +101,7 @@ class Config:
     """
 
     task: str
+    family: str
     seed: int
     num_steps: int
     batch_size: int

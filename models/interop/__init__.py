@@ -32,7 +32,7 @@ class Family:
       table: (our config) -> checkpoint name -> ``Leaf``.
       module: (our config) -> module.
       public_config: (our config) -> published config, the inverse of ``config``.
-      tasks: of ``train/tasks`` that train such a model.
+      family: the name under which configs know these models.
       read, write: (tensors, published config) -> the same under the names of ``table``, and back;
         None where these are the checkpoint's own.
     """
@@ -42,7 +42,7 @@ class Family:
     table: Callable[[Any], Mapping[str, layout.Leaf]]
     module: Callable[[Any], nn.Module]
     public_config: Callable[[Any], dict[str, Any]]
-    tasks: tuple[str, ...]
+    family: str
     read: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
     write: Callable[..., tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
@@ -53,7 +53,7 @@ _DELTA_PRODUCT = Family(
     delta_product.model_table,
     DeltaProductLM,
     delta_product.config_to_fla,
-    ("language_model", "word_problem", "formal_language"),
+    "delta_product",
 )
 FAMILIES = {
     "fla_delta_product": _DELTA_PRODUCT,
@@ -66,7 +66,7 @@ FAMILIES = {
         lightnet.model_table,
         LightNetLM,
         lightnet.config_to_fla,
-        ("language_model",),
+        "lightnet",
     ),
 }
 

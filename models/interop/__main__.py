@@ -2,7 +2,7 @@
 
   python -m scanax.models.interop --from DOWNLOAD --to runs/new --config configs/lm_fineweb.py
   python -m scanax.models.interop --from runs/trained --to EXPORT
-  python -m scanax.models.interop --from DOWNLOAD --to EXPORT [--to_family fla_delta_product]
+  python -m scanax.models.interop --from DOWNLOAD --to EXPORT [--to_family official_delta_product]
 
 A published checkpoint is a folder with config.json and one or more .safetensors files. A run made
 from one begins at step 0 with its parameters: evaluate it, sample from it, or train it on with
@@ -35,7 +35,9 @@ TO = flags.DEFINE_string("to", None, "The folder to write; it must be new or emp
 FAMILY = flags.DEFINE_string(
     "family", "", "Of --from, if it is published: by its tensors' names if not given."
 )
-TO_FAMILY = flags.DEFINE_string("to_family", "fla_delta_product", "Of --to, if it is published.")
+TO_FAMILY = flags.DEFINE_string(
+    "to_family", "", "Of --to, if it is published: flash-linear-attention's if not given."
+)
 STEP = flags.DEFINE_integer("step", None, "Of a run: a saved step; the newest by default.")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of the tensors that are written."
@@ -71,12 +73,12 @@ def main() -> None:
 def export_run(source: pathlib.Path, target: pathlib.Path) -> None:
     """A run's (averaged) parameters as a published checkpoint."""
     run = run_lib.load(source, STEP.value)
-    family = interop.find(TO_FAMILY.value)
-    if run.config.task not in family.tasks:
-        raise ConfigError(f"{TO_FAMILY.value} has no model of task {run.config.task}")
+    family = target_family(run.config.family)
+    if "embeddings" not in run.params:
+        raise ConfigError(f"{family} is a language model, and no model of task {run.config.task}")
     model = {**run.config.model, "vocab_size": run.params["embeddings"].shape[0]}
-    public = family.public_config(family.config_class(**model))
-    write(target, run.params, public)
+    entry = interop.find(family)
+    write(target, run.params, entry.public_config(entry.config_class(**model)), family)
     print(f"step {run.step} of {source} written to {target}")
 
 
@@ -88,8 +90,8 @@ def import_run(
     file, base = flags_lib.config_file()
     sizes = {k: v for k, v in dataclasses.asdict(module.config).items() if k not in OURS}
     values = base.to_dict()
-    if values["task"] not in interop.find(family).tasks:
-        raise ConfigError(f"--config is of task {values['task']}, which has no {family}")
+    if values["family"] != interop.find(family).family:
+        raise ConfigError(f"--config is of family {values['family']}, --from of {family}")
     values["model"] |= sizes
     config = from_dict(values)
     task = tasks.build(config)
@@ -115,18 +117,29 @@ def translate(
 ) -> None:
     """A published checkpoint under the names of another family."""
     module, params = interop.from_torch(family, tensors, public)
-    write(target, params, interop.find(TO_FAMILY.value).public_config(module.config))
+    chosen = target_family(interop.find(family).family)
+    write(target, params, interop.find(chosen).public_config(module.config), chosen)
     print(f"{params_lib.count(params):,} parameters written to {target}")
 
 
-def write(target: pathlib.Path, params: Any, public: Mapping[str, Any]) -> None:
+def target_family(model: str) -> str:
+    """--to_family, or the first that publishes such models; a ConfigError if it does not."""
+    names = [name for name, entry in interop.FAMILIES.items() if entry.family == model]
+    if not names:
+        raise ConfigError(f"there are no published models of family {model}")
+    family = TO_FAMILY.value or names[0]
+    if interop.find(family).family != model:
+        raise ConfigError(f"--to_family must be one of {', '.join(names)}; got {family}")
+    return family
+
+
+def write(target: pathlib.Path, params: Any, public: Mapping[str, Any], name: str) -> None:
     """config.json and model.safetensors."""
     safetensors = _package()
     if DTYPE.value:
         params = jax.tree.map(lambda x: x.astype(DTYPE.value), params)
         public = {**public, "torch_dtype": DTYPE.value}
-    tensors = interop.to_torch(TO_FAMILY.value, params, public)
-    family = interop.find(TO_FAMILY.value)
+    tensors, family = interop.to_torch(name, params, public), interop.find(name)
     if family.write is not None:
         public = family.write({}, public)[1]
     target.mkdir(parents=True, exist_ok=True)
@@ -159,8 +172,10 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def guess(tensors: Mapping[str, Any]) -> str:
     """The family by its tensors' names."""
-    per_step = any(".k_projs.0." in name for name in tensors)
-    return "official_delta_product" if per_step else "fla_delta_product"
+    has = lambda part: any(part in name for name in tensors)
+    if has(".g_proj.0."):
+        return "fla_lightnet"
+    return "official_delta_product" if has(".k_projs.0.") else "fla_delta_product"
 
 
 def _package() -> Any:

@@ -14,7 +14,7 @@ interop.py         published checkpoints
 from .classifier import LightNetClassifier
 from .config import LightNetConfig, LightNetDiTConfig, LightNetGridConfig, LightNetLMConfig
 from .dit import LightNetDiT
-from .language_model import LightNetLM, LMCache, empty_cache
+from .language_model import LightNetLM, LMCache, empty_cache, has_cache
 from .layer import LayerCache, Mixer
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "LightNetLMConfig",
     "Mixer",
     "empty_cache",
+    "has_cache",
 ]

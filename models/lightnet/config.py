@@ -124,6 +124,10 @@ class LightNetConfig:
         return self.scale or self.key_dim**-0.5
 
     @property
+    def knows_segments(self) -> bool:
+        return self.mixer in ("lightnet", "softmax")
+
+    @property
     def mlp_size(self) -> int:
         return self.intermediate_size or 256 * -(-int(self.hidden_size * 8 / 3) // 256)
 

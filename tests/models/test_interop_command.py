@@ -138,7 +138,7 @@ def test_mistakes(published, tmp_path):
         ((damaged, new), "model.safetensors cannot be read"),
         ((empty, new), "has no config.json"),
         ((folder, folder), "give a new folder"),
-        ((folder, new, "--config=configs/digits_mlp.py"), "has no fla_delta_product"),
+        ((folder, new, "--config=configs/digits_mlp.py"), "is of family mlp, --from of fla_delta_product"),
     ]
     for arguments, message in cases:
         result = convert(*arguments)

@@ -1,6 +1,6 @@
 """Where images come from: the config, arrays in memory, ArrayRecord, files and folders.
 
-Dimensions: R rows, H height, W width, C channels, N images.
+Dimensions: R rows, F frames, H height, W width, C channels, N images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import embedded, files, prepared
+from . import draws as draws_lib, embedded, files, prepared
 from .pipeline import DataError
 from .text import held_out
 
 logger = logging.getLogger("scanax")
 
-SOURCES = ("embedded", "files", "tfds")
+SOURCES = ("embedded", "moving_digits", "files", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class ImageConfig:
     """Image data.
 
     Attributes:
-      source: "embedded" (8 x 8 digits), "files" or "tfds".
+      source: "embedded" (8 x 8 digits), "moving_digits" (clips of them: ``MovingDigits``), "files"
+        or "tfds".
       path, eval_path: files: a folder or zip whose folders are the classes, or an .npy, .npz
         or idx file; an empty eval_path holds some out.
       labels_path, eval_labels_path: the labels of an .npy or idx file; "" for an idx file
@@ -100,14 +101,25 @@ class ImageConfig:
             raise ValueError(f"data.eval_fraction must be in (0, 1), got {self.eval_fraction}")
         if not self.in_memory and self.source != "tfds":
             raise ValueError("data.in_memory=false needs data.source=tfds: see prepare.py")
+        if self.source == "moving_digits":
+            for name in ("image_size", *_PICTURES_ONLY):
+                if getattr(self, name):
+                    raise ValueError(f"data.{name} is for pictures, not for clips: set it to 0")
+            if self.channels != 1:
+                raise ValueError("data.source=moving_digits is grey: set data.channels=1")
 
     @property
     def soft_targets(self) -> bool:
         return bool(self.mixup or self.cutmix or self.label_smoothing)
 
 
+# Augmentations that know height and width only, or would change where a digit moves.
+_PICTURES_ONLY = ("flip", "crop_padding", "resized_crop", "rand_augment", "erasing")
+_PICTURES_ONLY += ("mixup", "cutmix", "label_smoothing")
+
+
 class Images(Protocol):
-    """Images by number, without augmentation."""
+    """Images, or clips, by number, without augmentation."""
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
@@ -115,7 +127,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [R, H, W, C] uint8 and labels [R] int32."""
+        """Images [R, H, W, C] or clips [R, F, H, W, C], uint8, and labels [R] int32."""
         ...
 
 
@@ -158,10 +170,52 @@ class OnDisk:
         return _stack(found, f"{c.name}/{c.split}"), np.asarray(labels, np.int32)
 
 
+class MovingDigits:
+    """Clips of digits that move straight on; the label is the direction, whatever the digit.
+
+    A digit of 8 x 8 pixels begins anywhere in a frame of 16 x 16 and moves by ``SPEED`` pixels
+    from frame to frame along a row, a column or a diagonal; what leaves on one side comes back on
+    the other. No frame tells the direction, nor do the frames without their order. All is a
+    function of the clip's number.
+
+    Args:
+      digits: [N, 8, 8, 1] uint8.
+    """
+
+    FRAMES, SIDE, SPEED, STARTS = 4, 16, 2, 8
+    DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
+    _STEPS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # down, right
+
+    def __init__(self, digits: np.ndarray):
+        self._digits = digits
+        digest = hashlib.sha256(np.ascontiguousarray(digits).data).hexdigest()[:16]
+        self.identity = {"clips": len(self), "fingerprint": digest}
+
+    def __len__(self) -> int:
+        return len(self._digits) * len(self.DIRECTIONS) * self.STARTS
+
+    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        side, digit = self.SIDE, self._digits.shape[1]
+        labels = (numbers // len(self._digits) % len(self.DIRECTIONS)).astype(np.int32)
+        start_R2 = (draws_lib.uniform(0, numbers, 2) * side).astype(np.int64)
+        step_R2 = self.SPEED * np.asarray(self._STEPS)[labels]
+        corner_RF2 = start_R2[:, None] + np.arange(self.FRAMES)[:, None] * step_R2[:, None]
+        place_RF2D = (corner_RF2[..., None] + np.arange(digit)) % side
+        clips = np.zeros((len(numbers), self.FRAMES, side, side, 1), np.uint8)
+        row, frame = np.ogrid[: len(numbers), : self.FRAMES, :1, :1][:2]
+        rows, columns = place_RF2D[:, :, 0, :, None], place_RF2D[:, :, 1, None, :]
+        clips[row, frame, rows, columns] = self._digits[numbers % len(self._digits)][:, None]
+        return clips, labels
+
+
 def read(c: ImageConfig) -> tuple[Images, Images, tuple[str, ...]]:
     """Training images, evaluation images, and the names of the classes."""
     if c.source == "tfds":
         return _read_tfds(c)
+    if c.source == "moving_digits":
+        parts = _hold_out(*embedded.digits(), c.eval_fraction)
+        train, evaluation = (MovingDigits(part.images) for part in parts)
+        return train, evaluation, MovingDigits.DIRECTIONS
     if c.source == "embedded":
         images, labels = embedded.digits()
         classes = tuple("0123456789")

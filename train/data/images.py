@@ -1,9 +1,10 @@
 """Images with classes: from a source to augmented float batches.
 
-Dimensions: R rows, H height, W width, C channels.
+Dimensions: R rows, F frames, H height, W width, C channels.
 
-A batch holds ``images`` [R, H, W, C] float32 in [-1, 1], ``labels`` [R] int32 (0 where the
-images have no classes) and, when training targets are soft, ``targets`` [R, classes] float32.
+A batch holds ``images`` [R, H, W, C], or clips [R, F, H, W, C], float32 in [-1, 1], ``labels``
+[R] int32 (0 where the images have no classes) and, when training targets are soft, ``targets``
+[R, classes] float32.
 Images stay uint8 in memory, or compressed in ArrayRecord if ``in_memory`` is off.
 """
 
@@ -41,7 +42,7 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W, C) of a batch's images."""
+        """(H, W, C) or (F, H, W, C) of a batch's images."""
         return self.parts[0].take(np.asarray([0]))[0].shape[1:]
 
     def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches:

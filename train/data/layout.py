@@ -1,4 +1,4 @@
-"""Rows of tokens: documents packed, cut into blocks or running on as streams, or prepared.
+"""Rows of tokens: documents packed, padded, cut into blocks, running on as streams, or prepared.
 
 Dimensions: R rows, T tokens per row, N tokens in all.
 
@@ -52,7 +52,7 @@ class Tokens:
 
 
 class Packed:
-    """Whole documents packed into rows, best fit first.
+    """Whole documents packed into rows, best fit first; or padded, one to a row.
 
     Documents are placed from the longest to the shortest, each into the fullest row that still
     has room for it, so the fill is usually above 99 %.
@@ -63,12 +63,16 @@ class Packed:
       split_long: cut documents that are longer than a row into pieces of T tokens, each a
         segment of its own; otherwise they are an error.
       what: names the data in messages.
+      together: several documents may share a row; otherwise each has one, padded at its end.
     """
 
-    def __init__(self, tokens: Tokens, length: int, split_long: bool, what: str):
+    def __init__(
+        self, tokens: Tokens, length: int, split_long: bool, what: str, together: bool = True
+    ):
         self._tokens, self._length = tokens, length
         starts, sizes = _pieces(tokens, length, split_long, what)
-        rows, count = best_fit(sizes, length)
+        alone = np.arange(len(sizes)), len(sizes)
+        rows, count = best_fit(sizes, length) if together else alone
         order = np.lexsort((starts, rows))  # by row, then in the order of the text
         self._starts, self._sizes = starts[order], sizes[order]
         self._first = np.searchsorted(rows[order], np.arange(count + 1))
@@ -78,7 +82,8 @@ class Packed:
             *(what, f"{sizes.sum():,}", f"{len(tokens.starts) - 1:,}", f"{count:,}", length),
             100 * self.fill,
         )
-        self.identity = {**tokens.identity, "layout": "packed", "length": length}
+        name = "packed" if together else "padded"
+        self.identity = {**tokens.identity, "layout": name, "length": length}
         self.identity["split_long"] = split_long
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from .pipeline import Batch, Batches, DataError, Source, eval_batch
 logger = logging.getLogger("scanax")
 
 SOURCES = ("embedded", "files", "tfds")
-LAYOUTS = ("packed", "blocks", "streams", "rows")
+LAYOUTS = ("packed", "padded", "blocks", "streams", "rows")
 HOLDOUTS = ("hash", "tail")
 LONG = ("error", "split")
 
@@ -41,11 +41,11 @@ class TextConfig:
       eval_fraction: of the documents, or of every document's characters.
       tokenizer: "byte", "char", a tokenizer.json, or a folder with GPT-2's files.
       end_of_document: put the tokenizer's end token after every document.
-      layout: "packed", "blocks" or "streams" (see ``layout.py``), or "rows" of tokens that
-        ``prepare.py`` wrote (tfds).
+      layout: "packed", "padded", "blocks" or "streams" (see ``layout.py``), or "rows" of tokens
+        that ``prepare.py`` wrote (tfds).
       length: tokens per row.
       random_offset: blocks begin at another offset in every epoch.
-      long_documents: packed: documents longer than a row are an "error", or are "split".
+      long_documents: packed, padded: documents longer than a row are an "error", or are "split".
       seed: of the order and the offsets.
     """
 
@@ -176,8 +176,9 @@ class Corpus:
             records = prepared.Records(c.name, c.data_dir, c.split if training else c.eval_split)
             return layout.Prepared(records, c.length, self.tokenizer.identity)
         tokens, what = self._tokens[part], f"{('training', 'evaluation')[part]} text ({_place(c)})"
-        if c.layout == "packed":
-            source = layout.Packed(tokens, c.length, c.long_documents == "split", what)
+        if c.layout in ("packed", "padded"):
+            split, together = c.long_documents == "split", c.layout == "packed"
+            source = layout.Packed(tokens, c.length, split, what, together)
         elif c.layout == "streams" and training:
             seed = draws.stream(c.seed, "streams")
             source = layout.Streams(tokens, c.length, batch_size, seed, what)

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 from ..config import Config, ConfigError
 from ..task import Task
-from . import formal_language, image_classification, language_model, word_problem
+from . import formal_language, image_classification, language_model
+from . import masked_language_model, word_problem
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "word_problem": word_problem.build,
     "formal_language": formal_language.build,
     "language_model": language_model.build,
+    "masked_language_model": masked_language_model.build,
     "image_classification": image_classification.build,
 }
 

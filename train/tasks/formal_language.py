@@ -8,18 +8,19 @@ is always right (Siems et al. 2025, section 5).
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...models import params as params_lib
-from ...models.delta_product import DeltaProductConfig, DeltaProductLM
 from ..config import Config, build as build_part
 from ..data.curriculum import Curriculum
 from ..data.formal import Words, language
 from ..data.pipeline import Batches, eval_batch
 from ..task import Aux, Curve, Task
+from .models import causal_lm
 from .scoring import score
 from .word_problem import EVAL_STREAM, SAMPLE_STREAM
 
@@ -59,22 +60,13 @@ class FormalLanguageConfig:
 
 
 def build(config: Config) -> Task:
-    """The task: a DeltaProduct language model on words of ``config.data.language``."""
+    """The task: a causal language model on words of ``config.data.language``."""
     data: FormalLanguageConfig = build_part(FormalLanguageConfig, config.data, "data")
     if not config.evaluation.batches:
         raise ValueError("evaluation.batches must be at least 1: words never end")
     spoken = language(data.language, data.modulus)
-    model: DeltaProductConfig = build_part(
-        DeltaProductConfig,
-        {**config.model, "vocab_size": config.model.get("vocab_size") or len(spoken.vocab)},
-        "model",
-    )
-    if model.vocab_size < len(spoken.vocab):
-        raise ValueError(
-            f"model.vocab_size ({model.vocab_size}) is smaller than the {len(spoken.vocab)} tokens"
-            f" of data.language {data.language}; 0 picks it"
-        )
-    module = DeltaProductLM(model)
+    vocab, what = len(spoken.vocab), f"data.language {data.language}"
+    module: Any = causal_lm(config, vocab, what, segments=True).module
     example = jnp.zeros((1, 2), jnp.int32)
     shortest, longest = data.eval_lengths
     stages = (data.curriculum_lengths, data.curriculum_steps)

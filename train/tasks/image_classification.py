@@ -3,43 +3,56 @@
 Dimensions: B examples, H height, W width, C channels, K classes.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from ...models import params as params_lib
+from ...models.lightnet import LightNetClassifier, LightNetGridConfig
 from ...models.mlp import MLP, MLPConfig
 from ..config import Config, build as build_part
 from ..data.image_sources import ImageConfig
 from ..data.images import ImageSet
 from ..data.pipeline import IGNORE
 from ..task import Aux, Task
+from .models import choose
+
+
+# family -> its config and its module
+FAMILIES: Mapping[str, tuple[type, type[nn.Module]]] = {
+    "mlp": (MLPConfig, MLP),
+    "lightnet": (LightNetGridConfig, LightNetClassifier),
+}
 
 
 def build(config: Config) -> Task:
-    """The task: a perceptron on the images of ``config.data``."""
+    """The task: a classifier of the images of ``config.data``."""
     data: ImageConfig = build_part(ImageConfig, config.data, "data")
     images = ImageSet(data)
     classes = images.num_classes
     if classes < 2:
         raise ValueError("image classification needs at least two classes: see data.label_key")
-    model: MLPConfig = build_part(MLPConfig, {**config.model, "num_classes": classes}, "model")
-    module = MLP(model)
+    kind, make = choose(config, FAMILIES)
+    model = build_part(kind, {**config.model, "num_classes": classes}, "model")
+    module: Any = make(model)
+    noisy = getattr(model, "drop_path", 0.0) > 0
     example = jnp.zeros((1, *images.shape))
 
     def init(key: jax.Array):
         return params_lib.initialise(module, key, example), {}
 
-    def classify(params, images) -> jax.Array:
-        logits_BK: Any = module.apply({"params": params}, images)
+    def classify(params, images, **noise) -> jax.Array:
+        logits_BK: Any = module.apply({"params": params}, images, **noise)
         return logits_BK
 
     def loss(params, extra, batch, keys):
-        del keys  # the augmentation is the data's
-        logits_BK = classify(params, batch["images"])
+        noise = {"keys": keys} if noisy else {}  # the augmentation is the data's
+        logits_BK = classify(params, batch["images"], **noise)
         targets_BK = batch.get("targets", jax.nn.one_hot(batch["labels"], classes))
         loss_B = optax.softmax_cross_entropy(logits_BK, targets_BK)
         weight = jnp.asarray(loss_B.size, jnp.float32)

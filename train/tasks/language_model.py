@@ -9,23 +9,25 @@ tokens, compares models with different tokenizers.
 from collections.abc import Sequence
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...models import generation, params as params_lib
-from ...models.delta_product import DeltaProductConfig, DeltaProductLM, empty_cache
 from ..config import Config, build as build_part
 from ..data.pipeline import DataError
 from ..data.text import Corpus, TextConfig
 from ..long_context import measure, write_report
+from ..saturation import saturation
 from ..task import Aux, Task
+from .models import causal_lm
 from .scoring import score
 
 
 def build(config: Config) -> Task:
-    """The task: a DeltaProduct language model on the text of ``config.data``."""
+    """The task: a causal language model on the text of ``config.data``."""
     data: TextConfig = build_part(TextConfig, config.data, "data")
     if data.layout == "streams":
         raise ValueError(
@@ -34,22 +36,14 @@ def build(config: Config) -> Task:
         )
     corpus = Corpus(data)
     tokenizer = corpus.tokenizer
-    model: DeltaProductConfig = build_part(
-        DeltaProductConfig,
-        {**config.model, "vocab_size": config.model.get("vocab_size") or tokenizer.vocab_size},
-        "model",
-    )
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size ({model.vocab_size}) is smaller than the {tokenizer.vocab_size}"
-            f" tokens of data.tokenizer {data.tokenizer}; 0 picks it"
-        )
-    module = DeltaProductLM(model)
+    packed, vocabulary = data.layout == "packed", f"data.tokenizer {data.tokenizer}"
+    lm = causal_lm(config, tokenizer.vocab_size, vocabulary, segments=packed)
+    module: Any = lm.module
     example = jnp.zeros((1, 2), jnp.int32)
     start = 0 if tokenizer.end is None else tokenizer.end
     bytes_S = None
     if tokenizer.byte_lengths is not None:
-        bytes_S = np.zeros(model.vocab_size, np.float32)
+        bytes_S = np.zeros(lm.config.vocab_size, np.float32)
         bytes_S[: tokenizer.vocab_size] = tokenizer.byte_lengths
 
     def init(key: jax.Array):
@@ -57,7 +51,7 @@ def build(config: Config) -> Task:
 
     def sums(params, batch):
         """Name -> (sum, weight) over the tokens that have a label."""
-        segments = batch["segments"] if data.layout == "packed" else None
+        segments = batch["segments"] if packed else None
         logits_BTS, _ = module.apply({"params": params}, batch["ids"], segment_ids=segments)
         loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
         loss = jnp.sum(loss_BT)
@@ -98,7 +92,7 @@ def build(config: Config) -> Task:
         return generation.generate(
             apply,
             params,
-            functools.partial(empty_cache, model),
+            lm.empty_cache,
             [encode(text) if text else np.asarray([start], np.int32) for text in prompts],
             key,
             vocab_size=tokenizer.vocab_size,
@@ -129,6 +123,25 @@ def build(config: Config) -> Task:
         del extra
         length = length or 32 * data.length
         length -= length % data.length
+        window = eval_rows(rows or 8, length)
+        rows = len(window)
+        found = measure(
+            lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache),
+            params,
+            lm.empty_cache(rows),
+            lm.states,
+            window,
+            data.length,
+        )
+        per_token, unit = np.log(2.0), "bits per token"
+        if tokenizer.byte_lengths is not None:
+            used = corpus.eval_tokens[: rows * length + 1]
+            per_token *= float(tokenizer.byte_lengths[used].mean())
+            unit = "bits per byte"
+        return write_report(found, float(per_token), unit, data.length, folder)
+
+    def eval_rows(rows: int, length: int) -> np.ndarray:
+        """[rows, length + 1] tokens of the evaluation text, fewer rows if it is short."""
         ids = corpus.eval_tokens
         if length < 1 or len(ids) < length + 1:
             raise DataError(
@@ -136,21 +149,19 @@ def build(config: Config) -> Task:
                 f" {len(ids)}; set data.eval_path in the run's config for a longer one"
             )
         rows = min(rows, (len(ids) - 1) // length)
-        starts = np.arange(rows)[:, None] * length
-        found = measure(
-            lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache),
-            params,
-            empty_cache(model, rows),
-            lambda cache: jnp.stack([layer.state for layer in cache]),
-            ids[starts + np.arange(length + 1)[None]],
-            data.length,
-        )
-        per_token, unit = np.log(2.0), "bits per token"
-        if tokenizer.byte_lengths is not None:
-            used = ids[: rows * length + 1]
-            per_token *= float(tokenizer.byte_lengths[used].mean())
-            unit = "bits per byte"
-        return write_report(found, float(per_token), unit, data.length, folder)
+        return ids[np.arange(rows)[:, None] * length + np.arange(length + 1)[None]]
+
+    def probe_keys(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
+        """How much of LightNet's state every new token replaces, over positions."""
+        del extra
+        window = eval_rows(rows or 8, length or 8 * data.length)[:, :-1].astype(np.int32)
+        return saturation(lm.module, params, window, data.length, folder)
+
+    analyses = {}
+    if lm.empty_cache is not None:
+        analyses["long_context"] = long_context
+    if config.family == "lightnet" and lm.config.mixer == "lightnet":
+        analyses["saturation"] = probe_keys
 
     def render(samples: Sequence[np.ndarray]) -> str:
         parts = [f"--- {i} ---\n{tokenizer.decode(ids)}" for i, ids in enumerate(samples)]
@@ -170,9 +181,9 @@ def build(config: Config) -> Task:
         evaluate=evaluate,
         train_data=functools.partial(corpus.train_batches, config.batch_size),
         eval_data=functools.partial(corpus.eval_batch, size),
-        sample=sample,
+        sample=None if lm.empty_cache is None else sample,
         render=render,
-        complete=complete,
+        complete=None if lm.empty_cache is None else complete,
         decode=tokenizer.decode,
-        analyses={"long_context": long_context},
+        analyses=analyses,
     )

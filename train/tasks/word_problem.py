@@ -8,18 +8,19 @@ predictions are all right (Siems et al. 2025, section 5).
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...models import params as params_lib
-from ...models.delta_product import DeltaProductConfig, DeltaProductLM
 from ...models.delta_product.groups import group
 from ..config import Config, build as build_part
 from ..data import word_problem as words
 from ..data.pipeline import IGNORE, Batches, eval_batch
 from ..task import Aux, Curve, Task
+from .models import causal_lm
 from .scoring import score
 
 # Words are keyed by a 64-bit seed; training seeds are below 2^62, so that no word of an
@@ -59,22 +60,13 @@ class WordProblemConfig:
 
 
 def build(config: Config) -> Task:
-    """The task: a DeltaProduct language model on words over ``config.data.group``."""
+    """The task: a causal language model on words over ``config.data.group``."""
     data: WordProblemConfig = build_part(WordProblemConfig, config.data, "data")
     if not config.evaluation.batches:
         raise ValueError("evaluation.batches must be at least 1: words never end")
     vocab = words.vocab_size(group(data.group))
-    model: DeltaProductConfig = build_part(
-        DeltaProductConfig,
-        {**config.model, "vocab_size": config.model.get("vocab_size") or vocab},
-        "model",
-    )
-    if model.vocab_size < vocab:
-        raise ValueError(
-            f"model.vocab_size ({model.vocab_size}) is smaller than the {vocab} tokens of"
-            f" data.group {data.group}; 0 picks it"
-        )
-    module = DeltaProductLM(model)
+    packed = bool(data.curriculum_lengths)
+    module: Any = causal_lm(config, vocab, f"data.group {data.group}", segments=packed).module
     example = jnp.zeros((1, 2), jnp.int32)
     longest, repeat = max(data.eval_lengths), data.tokens_per_element
     variant = (data.limit_to, data.only_swaps, repeat)
@@ -96,9 +88,8 @@ def build(config: Config) -> Task:
 
     def loss(params, extra, batch, keys):
         del keys  # the model has no noise
-        logits_BTS, _ = module.apply(
-            {"params": params}, batch["ids"], segment_ids=batch["segments"]
-        )
+        segments = batch["segments"] if packed else None
+        logits_BTS, _ = module.apply({"params": params}, batch["ids"], segment_ids=segments)
         loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
         weight = jnp.sum(real_BT, dtype=jnp.float32)
         return jnp.sum(loss_BT), Aux(weight, extra, {"token_accuracy": (right_BT.sum(), weight)})

@@ -1,0 +1,20 @@
+"""LightNet in three dimensions: where does the digit move? 4 x 4 x 4 tokens of 1 x 4 x 4 pixels.
+
+python -m scanax.train.main --config configs/lightnet_moving_digits.py --workdir runs/moving
+
+A digit moves in one of eight directions through four frames of 16 x 16; what leaves on one side
+comes back on the other. The frames without their order do not tell the direction, and neither do
+patches without their places: the answer is in the positions. The paper has no such experiment.
+"""
+
+from scanax.configs import lightnet_digits
+
+
+def get_config():
+    config = lightnet_digits.get_config()
+    config.num_steps = 3000
+    config.model.patch_size = (1, 4, 4)
+    config.data.source = "moving_digits"
+    config.data.crop_padding = 0
+    config.evaluation.batches = 32
+    return config

@@ -1,0 +1,108 @@
+"""The models that a task can train: one entry per family, built from the config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ...models import delta_product, lightnet
+from ..config import Config, ConfigError, build
+
+
+class CausalLM(NamedTuple):
+    """A language model that predicts the next token.
+
+    Attributes:
+      config: of the model.
+      module: (ids [B, T], mask, segment_ids, cache, last_only) -> (logits [B, T, S], cache).
+      empty_cache: batch size -> cache before the first token; None for models without a state.
+      states: cache -> the layers' matrices [layers, B, H, K, V].
+    """
+
+    config: Any
+    module: nn.Module
+    empty_cache: Callable[[int], Any] | None
+    states: Callable[[Any], jax.Array]
+
+
+def choose(config: Config, families: Mapping[str, Any]) -> Any:
+    """The entry of ``config.family``; a ConfigError that lists them if there is none."""
+    if config.family not in families:
+        raise ConfigError(
+            f"task {config.task} has no family {config.family!r}; choose one of"
+            f" {', '.join(families)}"
+        )
+    return families[config.family]
+
+
+def causal_lm(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+    """The model of a config.
+
+    Args:
+      config: of the run.
+      vocab_size: tokens of the data; the model's vocabulary if the config has 0.
+      vocabulary: names them in messages.
+      segments: rows hold more than one document.
+
+    Raises:
+      ValueError: if the model is not one for this data.
+    """
+    return choose(config, _CAUSAL)(config, vocab_size, vocabulary, segments)
+
+
+def masked_lm(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
+    """The config and module of a model that fills in tokens; arguments of :func:`causal_lm`."""
+    return choose(config, _MASKED)(config, vocab_size, vocabulary)
+
+
+def _delta_product(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+    del segments  # always understood
+    model = _with_vocabulary(config, delta_product.DeltaProductConfig, vocab_size, vocabulary)
+    return CausalLM(
+        model,
+        delta_product.DeltaProductLM(model),
+        lambda batch: delta_product.empty_cache(model, batch),
+        lambda cache: jnp.stack([layer.state for layer in cache]),
+    )
+
+
+def _lightnet(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+    model = _with_vocabulary(config, lightnet.LightNetLMConfig, vocab_size, vocabulary)
+    if not model.causal:
+        raise ValueError(f"task {config.task} needs model.causal=true")
+    if segments and not model.knows_segments:
+        raise ValueError(
+            f"model.mixer={model.mixer} knows no segments, and rows of this data hold several:"
+            " choose a layout with one document per row, or mixer lightnet or softmax"
+        )
+    cache = lambda batch: lightnet.empty_cache(model, batch)
+    return CausalLM(
+        model,
+        lightnet.LightNetLM(model),
+        cache if lightnet.has_cache(model) else None,
+        lambda cache: jnp.stack([layer.s for layer in cache.layers]),
+    )
+
+
+def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
+    model = _with_vocabulary(config, lightnet.LightNetLMConfig, vocab_size, vocabulary)
+    if model.causal:
+        raise ValueError(f"task {config.task} needs model.causal=false")
+    return model, lightnet.LightNetLM(model)
+
+
+def _with_vocabulary(config: Config, kind: type, vocab_size: int, vocabulary: str) -> Any:
+    size = config.model.get("vocab_size") or vocab_size
+    model = build(kind, {**config.model, "vocab_size": size}, "model")
+    if model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({model.vocab_size}) is smaller than the {vocab_size} tokens of"
+            f" {vocabulary}; 0 picks it"
+        )
+    return model
+
+
+_CAUSAL = {"delta_product": _delta_product, "lightnet": _lightnet}
+_MASKED = {"lightnet": _masked_lightnet}
