@@ -10,8 +10,8 @@ from scanax.configs import datasets, lightnet_digits
 
 def get_config():
     config = lightnet_digits.get_config()
-    config.num_steps = 3000
-    config.batch_size = 128
+    config.num_steps = 2000
+    config.batch_size = 64
     config.model.hidden_size = 96
     config.model.intermediate_size = 256
     config.model.patch_size = (4, 4)

@@ -15,7 +15,7 @@ from scanax.configs import base
 
 def get_config():
     config = base.get_config("image_classification", "lightnet")
-    config.num_steps = 1500
+    config.num_steps = 1000
     config.batch_size = 64
 
     config.model.hidden_size = 64
@@ -23,13 +23,14 @@ def get_config():
     config.model.num_heads = 4
     config.model.intermediate_size = 128
     config.model.patch_size = (2, 2)
+    config.model.drop_path = 0.1
 
     config.data.channels = 1
     config.data.crop_padding = 1
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay = 0.2
     config.optimizer.clip_norm = 1.0
     config.optimizer.ema_decay = 0.99
 

@@ -9,7 +9,7 @@ from scanax.configs import datasets, lightnet_lm_embedded
 
 def get_config():
     config = lightnet_lm_embedded.get_config()
-    config.num_steps = 1500
+    config.num_steps = 1000
     config.model.num_hidden_layers = 3
     config.data.update(datasets.CHARACTERS)
     config.data.update(datasets.files("tinyshakespeare/input.txt"))

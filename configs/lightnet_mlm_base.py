@@ -1,6 +1,6 @@
 """Bidirectional LightNet in the shape of BERT-base, on rows of tokens prepared beforehand.
 
-  python -m scanax.train.data.prepare text --path "books/*.txt" --name books --out data \\
+  python -m scanax.train.data.prepare text --path "books/*.txt" --name books --data_dir data \\
       --tokenizer bert/tokenizer.json --length 128
   python -m scanax.train.main --config configs/lightnet_mlm_base.py --workdir runs/mlm_base \\
       --config.data.data_dir=data --config.num_steps=100000

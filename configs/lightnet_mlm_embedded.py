@@ -9,7 +9,7 @@ from scanax.configs import base
 
 def get_config():
     config = base.get_config("masked_language_model", "lightnet")
-    config.num_steps = 1500
+    config.num_steps = 1000
     config.batch_size = 16
 
     config.model.hidden_size = 128

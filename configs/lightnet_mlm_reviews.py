@@ -1,7 +1,7 @@
 """Bidirectional LightNet that fills in pieces of words in film reviews, padded to equal length.
 
-  python -m scanax.train.data.prepare tokenizer --path "movie_reviews/movie_reviews.zip/*.txt" \\
-      --vocab_size 2048 --out runs/reviews
+  SCANAX_DATA=... python -m scanax.train.data.prepare tokenizer \\
+      --path movie_reviews/movie_reviews.zip --vocab_size 2048 --out runs/reviews/tokenizer.json
   SCANAX_DATA=... python -m scanax.train.main --config configs/lightnet_mlm_reviews.py \\
       --workdir runs/mlm_reviews
 """
@@ -13,6 +13,4 @@ def get_config():
     config = lightnet_mlm_embedded.get_config()
     config.data.update(datasets.files("movie_reviews/movie_reviews.zip"))
     config.data.tokenizer = "runs/reviews/tokenizer.json"
-    config.data.length = 512
-    config.data.long_documents = "split"
     return config

@@ -11,7 +11,7 @@ from scanax.configs import datasets, lightnet_digits
 
 def get_config():
     config = lightnet_digits.get_config()
-    config.num_steps = 2000
+    config.num_steps = 1500
     config.model.patch_size = (4, 4)
     config.data.update(datasets.files("mnist_t10k/t10k-images-idx3-ubyte.gz"))
     config.data.crop_padding = 2

@@ -12,9 +12,12 @@ from scanax.configs import lightnet_digits
 
 def get_config():
     config = lightnet_digits.get_config()
-    config.num_steps = 3000
+    config.num_steps = 1500
     config.model.patch_size = (1, 4, 4)
     config.data.source = "moving_digits"
     config.data.crop_padding = 0
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.05
+    config.model.drop_path = 0.0
     config.evaluation.batches = 32
     return config

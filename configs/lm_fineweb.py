@@ -1,6 +1,6 @@
 """The paper's language models on FineWeb: SIZE is 213m, 392m or 805m, N is 1, 2 or 3.
 
-  python -m scanax.train.data.prepare text --path "fineweb/*.txt" --name fineweb --out data \\
+  python -m scanax.train.data.prepare text --path "fineweb/*.txt" --name fineweb --data_dir data \\
       --tokenizer mistral/tokenizer.json --length 4096
   python -m scanax.train.main --config configs/lm_fineweb.py:392m,2 --workdir runs/392m_2 \\
       --config.data.data_dir=data --config.mesh.fsdp=8

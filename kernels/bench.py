@@ -1,82 +1,105 @@
-"""Times the implementations of the DeltaProduct scan side by side, in one run.
+"""Times the implementations of a scan side by side, in one run.
 
   python -m scanax.kernels.bench --shapes "4,2048,4,64,64,1;4,2048,4,64,64,2" [--out FILE.json]
+  python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
 
-A shape is B,T,H,K,V,N. Repetitions of all implementations are interleaved, so that a busy
-machine hurts them alike: quote the ratios, not the times. The GEMM floor is the time that the
-operation's FLOPs would take at the rate of a large float32 matrix product of the same run.
+A shape is B,T,H,K,V,N for delta_product and B,T,H,K,V for additive_scan. Repetitions of all
+implementations are interleaved, so that a busy machine hurts them alike: quote the ratios, not
+the times. The GEMM floor is the time that the operation's FLOPs would take at the rate of a large
+float32 matrix product of the same run.
 Implementations of other packages run beside ours where they are installed (``peers.py``), after
 their outputs have been compared with ours.
-FLOPs are those of the definition: per token and head 4 K V for each Householder step (read
-and write of the state) and 4 K V for decay and read; backward counted as twice the forward.
+FLOPs are those of the definition, per token and head: delta_product has 4 K V for each Householder
+step (read and write of the state) and 4 K V for decay and read, additive_scan 3 K V for decay and
+write and 2 K V for the read; backward counted as twice the forward.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import json
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import delta_product, peers
-from .delta_product.api import IMPLEMENTATIONS
+from . import additive_scan, delta_product, peers
+from .additive_scan import api as additive_api
+from .delta_product import api as delta_api
 
-SHAPES = flags.DEFINE_string(
-    "shapes", "4,2048,4,64,64,1;4,2048,4,64,64,2", "B,T,H,K,V,N; several separated by ';'."
+OPERATION = flags.DEFINE_enum(
+    "operation", "delta_product", ["delta_product", "additive_scan"], "What is timed."
 )
-GATED = flags.DEFINE_bool("gated", True, "With a log decay per token.")
+SHAPES = flags.DEFINE_string(
+    "shapes", "", "B,T,H,K,V,N; several separated by ';'. Without N for additive_scan."
+)
+GATED = flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
 PEERS = flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
 OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 GEMM_SIZE = 2048
 
-Shape = tuple[int, int, int, int, int, int]
+Shape = tuple[int, ...]
+
+
+class Operation(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      dimensions: of a shape.
+      shapes: default of --shapes.
+      function: (*arguments, implementation) -> (o, state).
+      implementations: their names.
+      inputs: (shape, gated) -> arguments.
+      flops: shape -> FLOPs of the forward, by the definition.
+    """
+
+    dimensions: str
+    shapes: str
+    function: Callable[..., Any]
+    implementations: Collection[str]
+    inputs: Callable[[Shape, bool], tuple[Any, ...]]
+    flops: Callable[[Shape], float]
 
 
 def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        shapes = [parse_shape(text) for text in SHAPES.value.split(";")]
+        operation = OPERATIONS[OPERATION.value]
+        given = SHAPES.value or operation.shapes
+        shapes = [parse_shape(operation, text) for text in given.split(";")]
     except ValueError as error:
         print(f"error: --shapes: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
-    others = peers.installed() if PEERS.value else {}
-    rows = [
-        row for shape in shapes for row in benchmark(shape, GATED.value, REPETITIONS.value, others)
-    ]
-    print(table(rows))
+    known = peers.installed() if PEERS.value and OPERATION.value == "delta_product" else {}
+    options = (GATED.value, REPETITIONS.value, known)
+    rows = [row for shape in shapes for row in benchmark(operation, shape, *options)]
+    print(table(operation, rows))
     if OUT.value:
         with open(OUT.value, "w") as file:
             device = jax.devices()[0].device_kind
             json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(operation: Operation, text: str) -> Shape:
     """ "4,2048,4,64,64,1" -> (B, T, H, K, V, N)."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != 6 or min(numbers) < 1:
-        raise ValueError(f"{text!r} is not six positive integers B,T,H,K,V,N")
-    batch, tokens, heads, key_dim, value_dim, steps = numbers
-    return batch, tokens, heads, key_dim, value_dim, steps
-
-
-def flops(shape: Shape) -> float:
-    """FLOPs of the forward, by the definition."""
-    batch, tokens, heads, key_dim, value_dim, steps = shape
-    return 4.0 * batch * tokens * heads * key_dim * value_dim * (steps + 1)
+    names = operation.dimensions
+    if len(numbers) != 1 + names.count(",") or min(numbers) < 1:
+        raise ValueError(f"{text!r} is not {1 + names.count(',')} positive integers {names}")
+    return numbers
 
 
 def benchmark(
+    operation: Operation,
     shape: Shape,
     gated: bool,
     repetitions: int,
@@ -87,14 +110,14 @@ def benchmark(
     Raises:
       RuntimeError: if another package's outputs are not ours to 1e-3 of the largest.
     """
-    arguments = inputs(shape, gated)
+    arguments = operation.inputs(shape, gated)
     a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for name in IMPLEMENTATIONS:
-        forward, both = functions(name)
+    for name in operation.implementations:
+        forward, both = functions(operation, name)
         calls["forward", name] = lambda f=forward: f(*arguments)
         calls["forward+backward", name] = lambda f=both: f(*arguments)
-    ours = np.asarray(functions("xla")[0](*arguments)[0]) if others else np.zeros(0)
+    ours = np.asarray(functions(operation, "xla")[0](*arguments)[0]) if others else np.zeros(0)
     for name, peer in others.items():
         forward, both = peer(*(None if x is None else np.asarray(x) for x in arguments))
         error = np.abs(forward() - ours).max() / np.abs(ours).max()
@@ -116,7 +139,7 @@ def benchmark(
     for (what, name), value in median.items():
         if what == "gemm":
             continue
-        work = flops(shape) * (1 if what == "forward" else 3)
+        work = operation.flops(shape) * (1 if what == "forward" else 3)
         rows.append(
             {
                 "shape": list(shape),
@@ -136,7 +159,7 @@ def benchmark(
     return rows
 
 
-def inputs(shape: Shape, gated: bool):
+def _delta_inputs(shape: Shape, gated: bool):
     """Random q, k (unit length), v, beta in (0, 2), and log decays or None."""
     batch, tokens, heads, key_dim, value_dim, steps = shape
     keys = jax.random.split(jax.random.key(0), 5)
@@ -150,11 +173,51 @@ def inputs(shape: Shape, gated: bool):
     return q, k, v, beta, g
 
 
-def functions(implementation: str):
+def _delta_flops(shape: Shape) -> float:
+    batch, tokens, heads, key_dim, value_dim, steps = shape
+    return 4.0 * batch * tokens * heads * key_dim * value_dim * (steps + 1)
+
+
+def _additive_inputs(shape: Shape, gated: bool):
+    """Random q, k (logits) and v."""
+    del gated
+    batch, tokens, heads, key_dim, value_dim = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    widths = (key_dim, key_dim, value_dim)
+    dims = [(batch, tokens, heads, width) for width in widths]
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, dims, strict=True))
+
+
+def _additive_flops(shape: Shape) -> float:
+    batch, tokens, heads, key_dim, value_dim = shape
+    return 5.0 * batch * tokens * heads * key_dim * value_dim
+
+
+OPERATIONS = {
+    "delta_product": Operation(
+        "B,T,H,K,V,N",
+        "4,2048,4,64,64,1;4,2048,4,64,64,2",
+        delta_product,
+        delta_api.IMPLEMENTATIONS,
+        _delta_inputs,
+        _delta_flops,
+    ),
+    "additive_scan": Operation(
+        "B,T,H,K,V",
+        "4,2048,4,64,64",
+        additive_scan,
+        additive_api.IMPLEMENTATIONS,
+        _additive_inputs,
+        _additive_flops,
+    ),
+}
+
+
+def functions(operation: Operation, implementation: str):
     """Compiled forward, and compiled gradient of sum(o^2) in every argument."""
 
-    def forward(q, k, v, beta, g):
-        return delta_product(q, k, v, beta, g, implementation=implementation)
+    def forward(*arguments):
+        return operation.function(*arguments, implementation=implementation)
 
     def loss(arguments):
         return jnp.sum(jnp.square(forward(*arguments)[0]))
@@ -169,10 +232,10 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(operation: Operation, rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     others = list(rows[0]["peer_over_this"]) if rows else []
-    head = ["B,T,H,K,V,N", "", "implementation", "GFLOP", "ms (fastest)", "over GEMM floor"]
+    head = [operation.dimensions, "", "implementation", "GFLOP", "ms (fastest)", "over GEMM floor"]
     head += ["reference / this", *(f"{name} / this" for name in others), "first call s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:

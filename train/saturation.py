@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
+from ..kernels.dtypes import accumulation_dtype
+
 
 def kept(keys: jax.Array) -> jax.Array:
     """exp(g_t) = exp(z_{t-1} - z_t) of key logits, z their cumulative log-sum-exp.
@@ -27,7 +29,7 @@ def kept(keys: jax.Array) -> jax.Array:
     Returns:
       [R, T - 1, K] for t = 2, ..., T, in [0, 1].
     """
-    z = jax.lax.cumlogsumexp(keys.astype(jnp.promote_types(keys.dtype, "float32")), axis=1)
+    z = jax.lax.cumlogsumexp(keys.astype(accumulation_dtype(keys.dtype)), axis=1)
     return jnp.exp(z[:, :-1] - z[:, 1:])
 
 
@@ -72,7 +74,9 @@ def saturation(
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     _draw(place_T, kept_LT, trained, folder / "saturation.png")
     lines = ["mean exp(g_t) over rows, heads and channels"]
-    lines.append(f"{'t':>8} {'1 - 1/t':>9}" + "".join(f"{f'layer {i}':>9}" for i in range(len(kept_LT))))
+    lines.append(
+        f"{'t':>8} {'1 - 1/t':>9}" + "".join(f"{f'layer {i}':>9}" for i in range(len(kept_LT)))
+    )
     for t in shown:
         cells = "".join(f"{value:>9.4f}" for value in kept_LT[:, t - 2])
         lines.append(f"{t:>8} {1 - 1 / t:>9.4f}{cells}")

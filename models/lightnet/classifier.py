@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ...kernels.dtypes import accumulation_dtype
 from ..layers import Dense, RMSNorm, parameter
 from . import lrpe
 from .block import Patches, block_of, positions
@@ -54,7 +55,7 @@ class LightNetClassifier(nn.Module):
             x_BTD, _ = block(x_BTD, place_1TM, keep_2B=keep_2B)
         x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
         x_BD = x_BTD[:, 0] if c.class_token else jnp.mean(x_BTD, axis=1)
-        wide, axes = jnp.promote_types(c.dtype, "float32"), ("embed", "classes")
+        wide, axes = accumulation_dtype(x_BD.dtype), ("embed", "classes")
         head = Dense(c.num_classes, axes, init, c.dtype, c.param_dtype, wide, True, name="head")
         return head(x_BD)
 

@@ -148,7 +148,11 @@ def toeplitz(
     form = form or ("dense" if x.shape[axis] <= DENSE else "recurrence")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
-    x_nC = jnp.moveaxis(x, axis, -2)
+    wide = accumulation_dtype(x.dtype)
+    x_nC = jnp.moveaxis(x, axis, -2).astype(wide)
+    (b_CE, log_decay_CE), backward = jax.tree.map(
+        lambda c: c.astype(wide), ((b_CE, log_decay_CE), backward)
+    )
     if form == "recurrence":
         y_nC, _ = recurrence(x_nC, b_CE, log_decay_CE)
         if backward is not None:

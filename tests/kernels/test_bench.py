@@ -9,9 +9,13 @@ import pytest
 
 from scanax.kernels import bench, peers
 
+DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
 
-def test_rows_and_table():
-    rows = bench.benchmark((1, 12, 2, 4, 8, 2), gated=True, repetitions=2, others={})
+
+@pytest.mark.parametrize("operation", [DELTA, ADDITIVE])
+def test_rows_and_table(operation):
+    shape = (1, 12, 2, 4, 8, 2)[: len(operation.dimensions.split(","))]
+    rows = bench.benchmark(operation, shape, gated=True, repetitions=2, others={})
     assert {(row["what"], row["implementation"]) for row in rows} == {
         (what, name) for what in ("forward", "forward+backward") for name in ("reference", "xla")
     }
@@ -19,29 +23,29 @@ def test_rows_and_table():
         assert row["milliseconds"] > 0 and row["over_floor"] > 0
         if row["implementation"] == "reference":
             assert row["reference_over_this"] == 1
-    assert bench.table(rows).count("\n") == len(rows) + 1
+    assert bench.table(operation, rows).count("\n") == len(rows) + 1
 
 
 def test_peers_are_checked_and_timed():
     def peer(wrong):
         def make(*arguments):
-            o = np.asarray(bench.delta_product(*arguments)[0]) + wrong
+            o = np.asarray(DELTA.function(*arguments)[0]) + wrong
             return lambda: o, lambda: o
 
         return make
 
-    rows = bench.benchmark((1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0)})
+    rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0)})
     assert {row["implementation"] for row in rows} == {"reference", "xla", "package"}
     assert all(row["peer_over_this"]["package"] > 0 for row in rows)
-    assert "| package / this |" in bench.table(rows)
+    assert "| package / this |" in bench.table(DELTA, rows)
     with pytest.raises(RuntimeError, match="package and ours differ by"):
-        bench.benchmark((1, 6, 1, 4, 4, 2), False, 1, {"package": peer(1.0)})
+        bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(1.0)})
 
 
 def test_peer_of_transformers_is_the_same_operation():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    bench.benchmark((2, 70, 2, 8, 8, 2), True, 1, {"transformers": peers.transformers})
+    bench.benchmark(DELTA, (2, 70, 2, 8, 8, 2), True, 1, {"transformers": peers.transformers})
 
 
 def test_command_line(tmp_path):
@@ -51,14 +55,15 @@ def test_command_line(tmp_path):
     assert "| 1,5,1,2,2,1 |" in subprocess.check_output([*command, *arguments], text=True)
     assert len(json.loads(out.read_text())["rows"]) == 4
     wrong = subprocess.run([*command, "--shapes=1,5"], text=True, stderr=subprocess.PIPE)
-    assert wrong.returncode == 2 and "six positive integers" in wrong.stderr
+    assert wrong.returncode == 2 and "6 positive integers B,T,H,K,V,N" in wrong.stderr
 
 
 def test_flops_of_the_definition():
-    assert bench.flops((4, 2048, 4, 64, 64, 1)) == 8 * 4 * 2048 * 4 * 64 * 64
+    assert DELTA.flops((4, 2048, 4, 64, 64, 1)) == 8 * 4 * 2048 * 4 * 64 * 64
+    assert ADDITIVE.flops((4, 2048, 4, 64, 64)) == 5 * 4 * 2048 * 4 * 64 * 64
 
 
 @pytest.mark.parametrize("text", ["4,2048", "a,b,c,d,e,f", "1,0,1,1,1,1", ""])
 def test_malformed_shape(text):
-    with pytest.raises(ValueError, match="six positive integers"):
-        bench.parse_shape(text)
+    with pytest.raises(ValueError, match="6 positive integers B,T,H,K,V,N"):
+        bench.parse_shape(DELTA, text)

@@ -123,6 +123,33 @@ def test_naming_of_2025_and_back(published, tmp_path):
         join_steps(per_step, old_config)
 
 
+@pytest.mark.slow
+def test_lightnet_run_to_published_and_back(tmp_path):
+    """The family is found by the run's config, and by the tensors' names."""
+    where = ("--config=configs/lightnet_lm_embedded.py", f"--workdir={tmp_path / 'run'}")
+    small = ("--config.model.tpe=none", "--config.model.use_lrpe=false", "--config.num_steps=2")
+    small += ("--config.optimizer.warmup_steps=1", "--config.data.length=16")
+    small += ("--config.evaluation.batches=1", "--config.evaluation.samples=0")
+    small += ("--config.model.hidden_size=16", "--config.batch_size=4")
+    trained = run("scanax.train.main", *where, *small)
+    assert trained.returncode == 0, trained.stdout
+    exported = convert(tmp_path / "run", tmp_path / "export")
+    assert exported.returncode == 0, exported.stdout
+    again = convert(tmp_path / "export", tmp_path / "again")
+    assert again.returncode == 0, again.stdout
+    public = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert public["model_type"] == "lightnet"
+    tensors = load_file(tmp_path / "again" / "model.safetensors")
+    assert "model.layers.1.attn.g_proj.0.weight" in tensors
+    _, params = interop.from_torch("fla_lightnet", tensors, public)
+    end = scanax.train.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, params, end.params)
+    wrong = convert(tmp_path / "run", tmp_path / "no", "--to_family=fla_delta_product")
+    assert wrong.returncode == 2 and "must be one of fla_lightnet" in wrong.stdout, wrong.stdout
+    wrong = convert(tmp_path / "export", tmp_path / "no", CONFIG)
+    assert wrong.returncode == 2 and "is of family delta_product" in wrong.stdout, wrong.stdout
+
+
 def test_mistakes(published, tmp_path):
     folder, tensors, config = published
     missing = {name: tensor for name, tensor in tensors.items() if "norm" not in name}
@@ -138,7 +165,10 @@ def test_mistakes(published, tmp_path):
         ((damaged, new), "model.safetensors cannot be read"),
         ((empty, new), "has no config.json"),
         ((folder, folder), "give a new folder"),
-        ((folder, new, "--config=configs/digits_mlp.py"), "is of family mlp, --from of fla_delta_product"),
+        (
+            (folder, new, "--config=configs/digits_mlp.py"),
+            "is of family mlp, --from of fla_delta_product",
+        ),
     ]
     for arguments, message in cases:
         result = convert(*arguments)

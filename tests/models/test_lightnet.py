@@ -255,6 +255,27 @@ def test_stochastic_depth():
 DIT = LightNetDiTConfig(**STACK, patch_size=(2, 2), num_classes=10, learn_sigma=False)
 
 
+@pytest.mark.parametrize("tpe", ["causal", "bidirectional"])
+def test_half_precision_on_a_grid(tpe, jit, check):
+    """bfloat16 computes what float32 does, to three digits; logits and gradients are float32."""
+    x, logits = jnp.asarray(clip(4, 6)), []
+    for dtype in ("float32", "bfloat16"):
+        module = LightNetClassifier(
+            dataclasses.replace(GRID, tpe=tpe, dtype=dtype, initializer_range=0.2)
+        )
+        params = params_lib.initialise(module, jax.random.key(0), x)
+
+        def loss(params, x, module=module):
+            y = module.apply({"params": params}, x)
+            return jnp.sum(y * y), y
+
+        (_, y), gradient = jit(jax.value_and_grad(loss, has_aux=True))(params, x)
+        assert y.dtype == jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+        logits.append(y)
+    check("logits", logits[1], logits[0], 0.03)
+
+
 def test_image_backbone_begins_at_zero_and_uses_its_conditions(jit):
     module, x = LightNetDiT(DIT), clip(4, 6)
     t, label = np.asarray([0.1, 0.9], np.float32), np.asarray([3, 10])

@@ -1,14 +1,23 @@
 """Configs: every file builds, its parameters are as recorded, and mistakes are named."""
 
+import gzip
 import importlib.util
+import io
 import json
 import string
+import zipfile
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 import pytest
 
-from scanax.configs import base
+from scanax.configs import base, lightnet_imagenet
+from scanax.models import params as params_lib
+from scanax.models.lightnet import LightNetClassifier, LightNetGridConfig
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
-from scanax.train.config import ConfigError, changes, from_dict, to_dict, unknown_key
+from scanax.train.config import ConfigError, build, changes, from_dict, to_dict, unknown_key
 from scanax.train.data import tokenizer as tokenizers
 from scanax.train.loop import param_table, place
 
@@ -16,12 +25,16 @@ CONFIGS = ("word_problem_s3", "word_problem_s3_long", "lm_embedded", "lm_charact
 CONFIGS += ("lm_books", "lm_fineweb", "digits_mlp")
 CONFIGS += ("word_problem_s4", "word_problem_a5", "word_problem_s5")
 CONFIGS += ("parity", "modular_arithmetic", "modular_arithmetic_brackets")
+CONFIGS += ("lightnet_digits", "lightnet_mnist", "lightnet_cifar", "lightnet_moving_digits")
+CONFIGS += ("lightnet_lm_embedded", "lightnet_lm_characters", "lightnet_wikitext103")
+CONFIGS += ("lightnet_mlm_embedded", "lightnet_mlm_reviews", "lightnet_mlm_base")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
+ELSEWHERE = ("lightnet_imagenet",)  # without its data there are no classes: tested below
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> None:
-    """Stand-ins for the files that configs name: all of ASCII, a book, a tokenizer."""
+    """Stand-ins for the files that configs name: texts, tokenizers, a few images."""
     text = string.printable * 50
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
@@ -29,10 +42,44 @@ def files(tmp_path, monkeypatch) -> None:
     for folder in ("gutenberg", "mobydick"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "book.txt").write_text(book)
-    for folder in ("runs", "mistral"):
+    (tmp_path / "wikitext103").mkdir()
+    for part in ("train", "valid"):
+        (tmp_path / "wikitext103" / f"{part}.txt").write_text(text)
+    (tmp_path / "movie_reviews").mkdir()
+    with zipfile.ZipFile(tmp_path / "movie_reviews" / "movie_reviews.zip", "w") as archive:
+        for i in range(30):
+            archive.writestr(f"movie_reviews/{i}.txt", f"{i} " + text[:90])
+    for folder in ("runs", "mistral", "bert", "gpt2", "runs/reviews"):
         tokenizers.train_bpe([text], 260, tmp_path / folder / "tokenizer.json")
+    parts = json.loads((tmp_path / "gpt2" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(parts["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in parts["merges"])
+    (tmp_path / "gpt2" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    write_mnist(tmp_path / "mnist_t10k")
+    write_cifar(tmp_path / "cifar10_jpeg.zip")
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+
+
+def write_mnist(folder) -> None:
+    """Fifty images of 28 x 28 in MNIST's format."""
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), np.uint8)
+    labels = (np.arange(50) % 10).astype(np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        sizes = np.asarray(array.shape, ">u4").tobytes()
+        content = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+        (folder / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+
+
+def write_cifar(path) -> None:
+    """Two images of 32 x 32 in each of ten folders, twice."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "green").save(picture, "JPEG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in ("train", "test"):
+            for i in range(20):
+                archive.writestr(f"{part}/class{i % 10}/{i}.jpg", picture.getvalue())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -52,7 +99,23 @@ def test_parameters_are_as_recorded(root, golden, files, name):
 
 def test_every_config_file_is_tested(root):
     files = {p.stem for p in (root / "configs").glob("*.py")} - set(NOT_RUNS)
-    assert files == set(CONFIGS)
+    assert files == {*CONFIGS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize(
+    "size, count", [("tiny", 6_026_740), ("small", 22_816_768), ("base", 88_689_688)]
+)
+def test_image_classifiers_have_the_sizes_of_deit(size, count):
+    """Within 6, 4 and 4 % of DeiT's 5.7, 22 and 86 million; 1,000 classes, 14 x 14 tokens."""
+    config = from_dict(lightnet_imagenet.get_config(size).to_dict())
+    model = build(LightNetGridConfig, {**config.model, "num_classes": 1000}, "model")
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(LightNetClassifier(model).init, key, images)["params"]
+    assert params_lib.count(shapes) == count
+    assert config.num_steps == 375_341
+    with pytest.raises(ValueError, match="must be one of tiny, small, base"):
+        lightnet_imagenet.get_config("huge")
 
 
 def test_json_round_trip():

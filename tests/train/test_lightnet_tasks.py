@@ -1,5 +1,6 @@
 """LightNet on the tasks: masked text, classes of images and clips, causal text, and mistakes."""
 
+import itertools
 import json
 
 import command
@@ -10,6 +11,7 @@ import pytest
 
 from scanax.configs import base
 from scanax.models import params as params_lib
+from scanax.models.generation import Sampling
 from scanax.models.lightnet import LightNetClassifier, LightNetGridConfig
 from scanax.train import saturation, tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
@@ -148,7 +150,7 @@ def test_clips_move_as_they_are_labelled():
     steps |= {"S": (2, 0), "SW": (2, -2), "W": (0, -2), "NW": (-2, -2)}
     for clip, label in zip(clips, labels, strict=True):
         step = steps[source.DIRECTIONS[label]]
-        for now, after in zip(clip[:-1], clip[1:], strict=True):
+        for now, after in itertools.pairwise(clip):
             np.testing.assert_array_equal(np.roll(now, step, axis=(0, 1)), after)
     ink = digits.sum(axis=(1, 2, 3), dtype=int)[np.arange(320) % 5]
     assert (clips.sum(axis=(2, 3, 4)) == ink[:, None]).all()
@@ -168,6 +170,10 @@ def test_causal_text_with_every_mixer(text):
         a, b = (logits(params, x)["loss"] for x in (first, changed))
         np.testing.assert_allclose(a, b, rtol=1e-6)
         assert (task.sample is None) == (mixer == "softmax") == (task.complete is None)
+        if mixer != "softmax":
+            options = {"sampling": Sampling(temperature=0.0), "max_tokens": 3}
+            found = task.complete(params, extra, jax.random.key(0), ["number", ""], **options)
+            assert [len(tokens) for tokens in found.tokens] == [3, 3]
         assert ("saturation" in task.analyses) == (mixer == "lightnet")
         assert ("long_context" in task.analyses) == (mixer != "softmax")
     np.testing.assert_array_equal(extra, {})

@@ -4,8 +4,13 @@ from collections.abc import Callable
 
 from ..config import Config, ConfigError
 from ..task import Task
-from . import formal_language, image_classification, language_model
-from . import masked_language_model, word_problem
+from . import (
+    formal_language,
+    image_classification,
+    language_model,
+    masked_language_model,
+    word_problem,
+)
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "word_problem": word_problem.build,

@@ -22,7 +22,6 @@ from ..data.pipeline import IGNORE
 from ..task import Aux, Task
 from .models import choose
 
-
 # family -> its config and its module
 FAMILIES: Mapping[str, tuple[type, type[nn.Module]]] = {
     "mlp": (MLPConfig, MLP),

@@ -158,7 +158,7 @@ def build(config: Config) -> Task:
         return saturation(lm.module, params, window, data.length, folder)
 
     analyses = {}
-    if lm.empty_cache is not None:
+    if lm.has_cache:
         analyses["long_context"] = long_context
     if config.family == "lightnet" and lm.config.mixer == "lightnet":
         analyses["saturation"] = probe_keys
@@ -181,9 +181,9 @@ def build(config: Config) -> Task:
         evaluate=evaluate,
         train_data=functools.partial(corpus.train_batches, config.batch_size),
         eval_data=functools.partial(corpus.eval_batch, size),
-        sample=None if lm.empty_cache is None else sample,
+        sample=sample if lm.has_cache else None,
         render=render,
-        complete=None if lm.empty_cache is None else complete,
+        complete=complete if lm.has_cache else None,
         decode=tokenizer.decode,
         analyses=analyses,
     )

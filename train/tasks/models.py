@@ -17,13 +17,15 @@ class CausalLM(NamedTuple):
     Attributes:
       config: of the model.
       module: (ids [B, T], mask, segment_ids, cache, last_only) -> (logits [B, T, S], cache).
-      empty_cache: batch size -> cache before the first token; None for models without a state.
+      empty_cache: batch size -> cache before the first token.
+      has_cache: whether there is one; else the model cannot go on from a state.
       states: cache -> the layers' matrices [layers, B, H, K, V].
     """
 
     config: Any
     module: nn.Module
-    empty_cache: Callable[[int], Any] | None
+    empty_cache: Callable[[int], Any]
+    has_cache: bool
     states: Callable[[Any], jax.Array]
 
 
@@ -64,6 +66,7 @@ def _delta_product(config: Config, vocab_size: int, vocabulary: str, segments: b
         model,
         delta_product.DeltaProductLM(model),
         lambda batch: delta_product.empty_cache(model, batch),
+        True,
         lambda cache: jnp.stack([layer.state for layer in cache]),
     )
 
@@ -77,11 +80,11 @@ def _lightnet(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
             f"model.mixer={model.mixer} knows no segments, and rows of this data hold several:"
             " choose a layout with one document per row, or mixer lightnet or softmax"
         )
-    cache = lambda batch: lightnet.empty_cache(model, batch)
     return CausalLM(
         model,
         lightnet.LightNetLM(model),
-        cache if lightnet.has_cache(model) else None,
+        lambda batch: lightnet.empty_cache(model, batch),
+        lightnet.has_cache(model),
         lambda cache: jnp.stack([layer.s for layer in cache.layers]),
     )
 
