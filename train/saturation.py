@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from ..kernels.dtypes import accumulation_dtype
+from .long_context import bin_edges
 
 
 def kept(keys: jax.Array) -> jax.Array:
@@ -84,10 +85,12 @@ def saturation(
 
 
 def _draw(place_T: np.ndarray, kept_LT: np.ndarray, trained: int, path: pathlib.Path) -> None:
+    edges = bin_edges(len(place_T))  # means over stretches, or the curves hide each other
+    binned = lambda x_T: np.add.reduceat(x_T, edges[:-1]) / np.diff(edges)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for layer, kept_T in enumerate(kept_LT):
-        axes.plot(place_T, 1 - kept_T, label=f"layer {layer}")
+        axes.plot(binned(place_T), binned(1 - kept_T), label=f"layer {layer}")
     axes.plot(place_T, 1 / place_T, color="black", linestyle=":", label="1 / t: keys do not matter")
     axes.axvline(trained, color="grey", linestyle="--", linewidth=1, label="training length")
     axes.set_xscale("log", base=2)
