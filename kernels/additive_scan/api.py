@@ -40,7 +40,8 @@ def additive_scan(
       k: [B, T, H, K] key logits, of any size; -inf is a token that the channel does not see.
       v: [B, T, H, V] values.
       k_factor: [B, T, H, K] on the weights exp(k - z), of any sign, without effect on z: positions
-        that turn a key after its normalisation; ones if None.
+        that turn a key after its normalisation; ones if None. Or [B, T, H, n K], n factors one
+        after the other for each weight: q and both parts of the state are n K wide as well.
       scale: factor on o; K**-0.5 if None.
       initial_state: (S [B, H, K, V], z [B, H, K]), which counts as one earlier token of logit z and
         value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
@@ -59,6 +60,7 @@ def additive_scan(
     """
     s, z = (None, None) if initial_state is None else initial_state
     _check("additive_scan", q, k, v, k_factor, s, z, mask, segment_ids)
+    k = _widen(k, q.shape[-1])
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"additive_scan: chunk_size must be positive, got {chunk_size}")
     batch, _, heads, key_dim = q.shape
@@ -94,7 +96,7 @@ def additive_step(
     Args:
       q, k: [B, H, K]; v: [B, H, V].
       state: (S [B, H, K, V], z [B, H, K]).
-      k_factor: [B, H, K] or None.
+      k_factor: [B, H, K] or None; or [B, H, n K], see there.
       scale: factor on o; K**-0.5 if None.
 
     Returns:
@@ -103,6 +105,7 @@ def additive_step(
     f = None if k_factor is None else k_factor[:, None]
     _check("additive_step", q[:, None], k[:, None], v[:, None], f, *state, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = _widen(k, q.shape[-1])
     return reference.additive_step(q, k, v, k_factor, state, scale=scale)
 
 
@@ -123,7 +126,7 @@ def additive_attention(
     Args:
       q, k: [B, T, H, K]; k are logits, of any size.
       v: [B, T, H, V].
-      k_factor: [B, T, H, K] on the weights, or None.
+      k_factor: [B, T, H, K] on the weights, or None; or [B, T, H, n K], as q then is.
       scale: factor on o; K**-0.5 if None.
       mask: [B, T] bool, True = a token; the others are neither summarised nor answered (o = 0). A
         row without any token gives zeros.
@@ -144,6 +147,12 @@ def _masked(k, mask):
     return k if mask is None else jnp.where(mask[:, :, None, None], k, -jnp.inf)
 
 
+def _widen(k, width: int):
+    """The keys once for each factor."""
+    copies = width // k.shape[-1]
+    return k if copies == 1 else jnp.concatenate([k] * copies, axis=-1)
+
+
 def _check(name: str, q, k, v, f, s, z, mask, segment_ids):
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
@@ -154,8 +163,10 @@ def _check(name: str, q, k, v, f, s, z, mask, segment_ids):
     if tokens < 1:
         raise ValueError(f"{name} needs T >= 1; got q {q.shape}")
     floating: Any = jnp.floating
+    several = f is not None and k.ndim == 4 and k.shape[-1] and not key_dim % k.shape[-1]
+    narrow = k.shape[-1] if several else key_dim
     expected = {
-        "k": (k, (batch, tokens, heads, key_dim), floating),
+        "k": (k, (batch, tokens, heads, narrow), floating),
         "v": (v, (batch, tokens, heads, v.shape[-1]), floating),
         "k_factor": (f, (batch, tokens, heads, key_dim), floating),
         "initial_state[0]": (s, (batch, heads, key_dim, v.shape[-1]), floating),

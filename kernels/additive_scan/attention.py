@@ -1,6 +1,7 @@
 """Additive attention without causality: one summary of all tokens, read by every query.
 
-Dimensions: B batch, T tokens, H heads, K key channels, V value; X blocks of C tokens.
+Dimensions: B batch, T tokens, H heads, K key channels, V value; X blocks of C tokens; L = n K
+channels of the state, where every weight has n factors.
 
   S = sum_j softmax_j(k)_j f_j v_j^T  (per key channel, over all T),    o_i = scale * S^T q_i
 
@@ -20,9 +21,9 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def summary(k, v, k_factor, dtype) -> tuple[jax.Array, jax.Array]:
-    """S [B, H, K, V] and z [B, H, K], of keys [B, T, H, K] and values [B, T, H, V].
+    """S [B, H, L, V] and z [B, H, K], of keys [B, T, H, K] and values [B, T, H, V].
 
-    Factors f [B, T, H, K], or None, multiply the weights.
+    Factors f [B, T, H, L], or None (L = K), multiply the weights.
 
     Channels without any key (all -inf) have S = 0 and z = -inf.
     """
@@ -37,45 +38,50 @@ def _summary(k, v, f, dtype):
 
 def _summary_forward(k, v, f, dtype):
     batch, _, heads, key_dim = k.shape
+    copies = 1 if f is None else f.shape[-1] // key_dim
 
     def block(carry, block_inputs):
-        top_BHK, total_BHK, s_BHKV = carry
-        k_BCHK, v_BCHV, f_BCHK = _cast(block_inputs, dtype)
+        top_BHK, total_BHK, s_BHLV = carry
+        k_BCHK, v_BCHV, f_BCHL = _cast(block_inputs, dtype)
         new_BHK = jnp.maximum(top_BHK, jnp.max(k_BCHK, axis=1))
         finite_BHK = jnp.where(new_BHK == -jnp.inf, 0, new_BHK)
         kept_BHK = jnp.exp(top_BHK - finite_BHK)
         weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
-        keys_BCHK = weight_BCHK if f_BCHK is None else weight_BCHK * f_BCHK
-        s_BHKV = kept_BHK[..., None] * s_BHKV + _einsum("bchk,bchv->bhkv", keys_BCHK, v_BCHV)
-        return (new_BHK, kept_BHK * total_BHK + jnp.sum(weight_BCHK, axis=1), s_BHKV), None
+        keys_BCHL = weight_BCHK if f_BCHL is None else _tile(weight_BCHK, copies) * f_BCHL
+        s_BHLV = _tile(kept_BHK, copies)[..., None] * s_BHLV
+        s_BHLV = s_BHLV + _einsum("bchl,bchv->bhlv", keys_BCHL, v_BCHV)
+        return (new_BHK, kept_BHK * total_BHK + jnp.sum(weight_BCHK, axis=1), s_BHLV), None
 
     start = (
         jnp.full((batch, heads, key_dim), -jnp.inf, dtype),
         jnp.zeros((batch, heads, key_dim), dtype),
-        jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype),
+        jnp.zeros((batch, heads, copies * key_dim, v.shape[-1]), dtype),
     )
     (top, total, s), _ = jax.lax.scan(block, start, _blocks(k, v, f))
-    s = s / jnp.where(total == 0, 1, total)[..., None]
+    s = s / _tile(jnp.where(total == 0, 1, total), copies)[..., None]
     z = top + jnp.log(total)
     return (s, z), (k, v, f, s, z)
 
 
 def _summary_backward(dtype, residuals, cotangents):
-    k, v, f, s_BHKV, z_BHK = residuals
-    ds_BHKV, dz_BHK = cotangents
+    k, v, f, s_BHLV, z_BHK = residuals
+    ds_BHLV, dz_BHK = cotangents
+    copies = 1 if f is None else f.shape[-1] // k.shape[-1]
+    over_copies = lambda x: jnp.sum(x.reshape(*x.shape[:-1], copies, -1), axis=-2)
     finite_BHK = jnp.where(z_BHK == -jnp.inf, 0, z_BHK)
-    through_z_BHK = dz_BHK - jnp.sum(ds_BHKV * s_BHKV, axis=-1)
+    through_z_BHK = dz_BHK - over_copies(jnp.sum(ds_BHLV * s_BHLV, axis=-1))
 
     def block(_, block_inputs):
-        k_BCHK, v_BCHV, f_BCHK = _cast(block_inputs, dtype)
+        k_BCHK, v_BCHV, f_BCHL = _cast(block_inputs, dtype)
         weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
-        dkey = _einsum("bchv,bhkv->bchk", v_BCHV, ds_BHKV)
-        if f_BCHK is None:
-            keys_BCHK, dweight, df = weight_BCHK, dkey, None
+        dkey = _einsum("bchv,bhlv->bchl", v_BCHV, ds_BHLV)
+        if f is None or f_BCHL is None:
+            keys_BCHL, dweight, df = weight_BCHK, dkey, None
         else:
-            keys_BCHK, dweight = weight_BCHK * f_BCHK, dkey * f_BCHK
-            df = (dkey * weight_BCHK).astype(f.dtype)
-        dv = _einsum("bchk,bhkv->bchv", keys_BCHK, ds_BHKV)
+            weights_BCHL = _tile(weight_BCHK, copies)
+            keys_BCHL, dweight = weights_BCHL * f_BCHL, over_copies(dkey * f_BCHL)
+            df = (dkey * weights_BCHL).astype(f.dtype)
+        dv = _einsum("bchl,bhlv->bchv", keys_BCHL, ds_BHLV)
         dk = weight_BCHK * (dweight + through_z_BHK[:, None])
         return None, (dk.astype(k.dtype), dv.astype(v.dtype), df)
 
@@ -88,8 +94,12 @@ _summary.defvjp(_summary_forward, _summary_backward)
 
 
 def read(q, s, scale: float) -> jax.Array:
-    """o [B, T, H, V] in q's dtype."""
-    return (scale * _einsum("bthk,bhkv->bthv", q.astype(s.dtype), s)).astype(q.dtype)
+    """o [B, T, H, V] in q's dtype, of queries [B, T, H, L]."""
+    return (scale * _einsum("bthl,bhlv->bthv", q.astype(s.dtype), s)).astype(q.dtype)
+
+
+def _tile(x, copies: int):
+    return x if copies == 1 else jnp.concatenate([x] * copies, axis=-1)
 
 
 def _cast(arrays, dtype):

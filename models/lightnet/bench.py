@@ -31,7 +31,7 @@ TOKENS = flags.DEFINE_list(
 WIDTH = flags.DEFINE_integer("width", 128, "Channels.", lower_bound=1)
 HEADS = flags.DEFINE_integer("heads", 2, "They divide the width.", lower_bound=1)
 REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
-MEMORY_GB = flags.DEFINE_float("memory_gb", 8.0, "Of temporary buffers, at most.")
+MEMORY_GB = flags.DEFINE_float("memory_gb", 4.0, "Of temporary buffers, at most.")
 OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 MIXERS = ("lightnet", "gla_two_scans", "softmax")
 

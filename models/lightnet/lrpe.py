@@ -122,13 +122,13 @@ def turn(x_BTHK: jax.Array, angle_BTHE: jax.Array, rotation: bool) -> jax.Array:
 def turn_additive(
     q_BTHK: jax.Array, k_BTHK: jax.Array, angle_BTHE: jax.Array, rotation: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, key logits and ``k_factor`` of the additive kernels, [B, T, H, 2 K] each.
+    """Queries [B, T, H, 2 K], key logits [B, T, H, K] and ``k_factor`` of the additive kernels.
 
-    The products are those of the turned query with the turned softmax of the keys. A rotation is
-    split into a cosine and a sine part, since a factor cannot mix channels:
+    Every weight has two factors. The products are those of the turned query with the turned softmax
+    of the keys. A rotation is split into a cosine and a sine part, since a factor cannot mix
+    channels:
     <q', R w> = <q', cos w> + <J^T q', sin w>, where J is the quarter turn.
     """
-    k = jnp.concatenate([k_BTHK, k_BTHK], axis=-1)
     if rotation:
         a, b = jnp.split(rotate(q_BTHK, angle_BTHE), 2, axis=-1)
         q = jnp.concatenate([a, b, b, -a], axis=-1)
@@ -136,7 +136,7 @@ def turn_additive(
     else:
         q = cosine(q_BTHK, angle_BTHE)
     factor = jnp.concatenate([jnp.cos(angle_BTHE), jnp.sin(angle_BTHE)], axis=-1)
-    return q, k, jnp.broadcast_to(factor, k.shape)
+    return q, k_BTHK, jnp.broadcast_to(factor, q.shape)
 
 
 def cosine(x_BTHK: jax.Array, angle_BTHK: jax.Array) -> jax.Array:

@@ -219,3 +219,29 @@ WRONG = {
 def test_wrong_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         additive_scan(**{**arrays(Case((2, 5, 2, 4, 4))), **changes})
+
+
+@pytest.mark.parametrize("what", ["scan", "step", "attention"])
+def test_several_factors_are_the_same_keys_several_times(what):
+    generator = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+    rows = (2,) if what == "step" else (2, 9)
+    arguments = normal(*rows, 3, 8), normal(*rows, 3, 4), normal(*rows, 3, 5), normal(*rows, 3, 8)
+    state = normal(2, 3, 8, 5), normal(2, 3, 8)
+    mask = jnp.asarray(np.arange(9) != 4)[None].repeat(2, axis=0)
+    functions = {
+        "scan": lambda q, k, v, f: additive_scan(q, k, v, k_factor=f, mask=mask)[0],
+        "step": lambda q, k, v, f: additive_step(q, k, v, state, k_factor=f)[0],
+        "attention": lambda q, k, v, f: additive_attention(q, k, v, k_factor=f, mask=mask),
+    }
+
+    def run(repeat):
+        def loss(q, k, v, f):
+            o = functions[what](q, jnp.concatenate([k, k], axis=-1) if repeat else k, v, f)
+            return jnp.sum(jnp.sin(o)), o
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*arguments)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(True), run(False))
+    with pytest.raises(ValueError, match="k has shape"):
+        functions[what](arguments[0], arguments[1][..., :3], *arguments[2:])

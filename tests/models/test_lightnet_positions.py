@@ -207,8 +207,8 @@ def test_rotated_weights_of_the_additive_kernels(causal):
         weights = lrpe.rotate(jax.nn.softmax(k[:, seen], axis=1), angles[:, seen])
         state = jnp.einsum("bthk,bthv->bhkv", weights, v[:, seen])
         o[:, t] = jnp.einsum("bhk,bhkv->bhv", lrpe.rotate(q, angles)[:, t], state)
-    arrays = q2, k2, factor = lrpe.turn_additive(q, k, angles, rotation=True)
-    assert {x.shape for x in arrays} == {(2, 6, 2, 8)}
+    q2, k2, factor = lrpe.turn_additive(q, k, angles, rotation=True)
+    assert q2.shape == factor.shape == (2, 6, 2, 8) and k2 is k
     if causal:
         found, _ = additive_scan(q2, k2, v, k_factor=factor, scale=1.0)
     else:
