@@ -146,6 +146,10 @@ def _check_overrides(argv: list[str]) -> None:
             raise ConfigError(f"--config.{key} is a group of keys; set one of its keys")
         if key not in known:
             raise ConfigError(unknown_key(key, known))
+        if key == "family":
+            raise ConfigError(
+                "--config.family decides which keys model has: choose a config file of that family"
+            )
 
 
 def load(path: str) -> ml_collections.ConfigDict:

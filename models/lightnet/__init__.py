@@ -9,6 +9,7 @@ language_model.py  causal and masked language models
 classifier.py      images, and other grids, to classes
 dit.py             images to images, at a time, for a class: the backbone of flows
 interop.py         published checkpoints
+bench.py           what a layer costs beside the baselines
 """
 
 from .classifier import LightNetClassifier

@@ -24,6 +24,7 @@ MISTAKES = {
     "schedule": (["--config.optimizer.schedule=cosin"], "constant, cosine, wsd"),
     "warmup": (["--config.optimizer.warmup_steps=99"], "warmup_steps (99) exceeds num_steps (60)"),
     "task": (["--config.task=word_problems"], "unknown task 'word_problems'"),
+    "family": (["--config.family=lightnet"], "choose a config file of that family"),
     "vocabulary": (["--config.model.vocab_size=5"], "smaller than the 13 tokens"),
 }
 
