@@ -99,8 +99,12 @@ def test_rows_that_fill_a_batch_up_do_not_count(text):
 
 def test_filled_in_text_is_shown(text):
     task, params, extra = build("masked_language_model")
-    shown = task.render(task.sample(params, extra, jax.random.key(1), 3))
-    assert shown.count("---") == 6 and " for " in shown and "[" in shown
+    samples = task.sample(params, extra, jax.random.key(1), 3)
+    shown = task.render(samples)
+    assert shown.count("---") == 6 and " for " in shown
+    assert shown.count("[") == (samples["labels"] != IGNORE).sum() > 0
+    plain = task.render({**samples, "labels": np.full_like(samples["labels"], IGNORE)})
+    assert "[" not in plain and "_" in plain and "ab" in plain
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])

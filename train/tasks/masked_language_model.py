@@ -98,7 +98,8 @@ def build(config: Config) -> Task:
     def render(samples: Mapping[str, np.ndarray]) -> str:
         """The text with every predicted token in brackets: [right], or [wrong instead of right]."""
         lines = []
-        for i, (noisy, labels, said) in enumerate(zip(*samples.values(), strict=True)):
+        rows = zip(*(samples[n] for n in ("noisy", "labels", "predictions")), strict=True)
+        for i, (noisy, labels, said) in enumerate(rows):
             parts = []
             for shown, label, guess in zip(noisy, labels, said, strict=True):
                 if label == IGNORE:
