@@ -4,6 +4,13 @@ SCANAX_DATA=... python -m scanax.train.main --config configs/lightnet_mnist.py -
 
 The file in data.path is cut in two: a tenth of its images is held out. With the 60,000 training
 images, name the test images in data.eval_path.
+
+Expect 95.5 % of the held-out images after 1,500 steps, seed 0, in about 5 minutes. Without parts:
+
+  SCANAX_DATA=... python -m scanax.train.sweep --config configs/lightnet_mnist.py \\
+      --workdir runs/mnist_sweep --metrics accuracy,loss \\
+      --grid "model.mixer:model.tpe:model.use_lrpe=lightnet:bidirectional:true,lightnet:none:true,\\
+  lightnet:bidirectional:false,lightnet:none:false,gla_two_scans:bidirectional:true,softmax:bidirectional:true"
 """
 
 from scanax.configs import datasets, lightnet_digits
