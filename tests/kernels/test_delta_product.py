@@ -100,7 +100,8 @@ def test_agrees_with_the_definition_in_float64(case, implementation):
     actual = value_and_gradients(case, implementation)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.isfinite(a).all()
-        assert np.abs(a - e).max() <= 2e-5 * max(np.abs(e).max(), 1e-2)
+        # Gradients by g are differences of terms of order 1, which under a strong decay cancel.
+        assert np.abs(a - e).max() <= 2e-5 * max(np.abs(e).max(), 5e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
