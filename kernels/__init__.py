@@ -6,11 +6,14 @@ implementation is tested against.
 
 from .additive_scan import additive_attention, additive_scan, additive_step
 from .delta_product import delta_product, delta_product_step
+from .expert_mlp import Experts, expert_mlp
 
 __all__ = [
+    "Experts",
     "additive_attention",
     "additive_scan",
     "additive_step",
     "delta_product",
     "delta_product_step",
+    "expert_mlp",
 ]

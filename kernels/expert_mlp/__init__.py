@@ -1,0 +1,10 @@
+"""Mixture of experts: every token through the few experts that a router chose for it.
+
+layout.py           which row of a buffer holds which token: blocks, fixed capacity, sorted rows
+implementations.py  the experts on such rows
+api.py              the public function, argument checks
+"""
+
+from .api import Experts, capacity, expert_mlp, kept
+
+__all__ = ["Experts", "capacity", "expert_mlp", "kept"]
