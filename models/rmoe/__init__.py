@@ -1,0 +1,1 @@
+"""RMoE: mixture of experts with a recurrent router."""
