@@ -4,6 +4,7 @@ Dimensions: T tokens, J choices of a token, E experts, D hidden, F expert width.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,13 @@ def expert_mlp(
     else:
         score = jax.lax.stop_gradient(weight if score is None else score)
     experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)
-    options = {"places": places, "score_TJ": score, "block_size": block_size or BLOCK_SIZE}
-    return call(
-        "expert_mlp", IMPLEMENTATIONS, implementation, x, index, weight, experts, keep, **options
-    )
+    options: dict[str, Any] = {
+        "places": places,
+        "score_TJ": score,
+        "block_size": block_size or BLOCK_SIZE,
+    }
+    arguments = (x, index, weight, experts, keep)
+    return call("expert_mlp", IMPLEMENTATIONS, implementation, *arguments, **options)
 
 
 def capacity(tokens: int, choices: int, experts: int, factor: float) -> int:
@@ -94,7 +98,8 @@ def kept(
       factor: see :func:`capacity`.
       score: [T, J] for policy "score"; None for policy "position".
     """
-    places = capacity(*index.shape, experts, factor)
+    tokens, choices = index.shape
+    places = capacity(tokens, choices, experts, factor)
     where = layout.fixed(index.astype(jnp.int32), experts, places, score)
     return where.row_TJ < experts * places
 

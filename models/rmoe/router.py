@@ -141,9 +141,9 @@ def route(
         x_TD, cell = _step(c, shared, x_TD, carry)
         carry = carry._replace(state=x_TD, cell=cell)
     logits_TE = _HEADS[c.head](c, own, x_TD)
-    if not c.residual:
-        return logits_TE, carry
     before_TE = carry.logits
+    if before_TE is None:
+        return logits_TE, carry
     if c.residual_detach:
         before_TE = jax.lax.stop_gradient(before_TE)
     summed_TE = logits_TE + c.residual * before_TE
@@ -248,7 +248,8 @@ def first_value(c: RouterConfig, name: str, spec: Parameter, key, dtype, std: fl
 
 def _step(c: RouterConfig, shared: Params, x_TP, carry: Carry):
     """The cell's new states: [T, P], and an LSTM's second or None."""
-    state_TP, cell_TP = carry.state, carry.cell
+    state_TP: Any = carry.state
+    cell_TP: Any = carry.cell
     if c.memory == "none":
         state_TP, cell_TP = jax.tree.map(jnp.zeros_like, (state_TP, cell_TP))
     elif c.memory == "detach":
