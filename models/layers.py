@@ -1,4 +1,4 @@
-"""Layers that several families share: projections, RMSNorm, SwiGLU, short convolution.
+"""Layers that several families share: projections, norms, SwiGLU, short convolution.
 
 Dimensions: B batch, T tokens, D hidden, F feed-forward, W convolution width.
 
@@ -80,6 +80,27 @@ class RMSNorm(nn.Module):
         scale_D = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
         scale = jnp.expand_dims(scale_D.astype(x.dtype), range(x.ndim - 1))
         return (x * scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 or better."""
+
+    eps: float
+    axis_name: str
+    dtype: DType
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] in ``dtype``."""
+        x = x.astype(accumulation_dtype(x.dtype))
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        axes, shape, init = (self.axis_name,), (x.shape[-1],), nn.initializers
+        scale_D = parameter(self, "scale", init.ones, axes, shape, self.param_dtype)
+        bias_D = parameter(self, "bias", init.zeros, axes, shape, self.param_dtype)
+        wide = lambda y: jnp.expand_dims(y.astype(x.dtype), range(x.ndim - 1))
+        return (x * wide(scale_D) + wide(bias_D)).astype(self.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -27,6 +27,10 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "rates_heads": None,
     "head_dim": None,
     "conv": None,
+    "span": None,  # places of earlier tokens
+    "layers": None,  # of a scanned stack
+    "experts": "expert",
+    "router": None,  # small, and read by every token
 }
 
 

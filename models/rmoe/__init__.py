@@ -1,1 +1,26 @@
-"""RMoE: mixture of experts with a recurrent router."""
+"""RMoE: mixture of experts whose router remembers over the layers (Qiu et al. 2024).
+
+router.py     logits from tokens and memory: cells, heads, and the choice of experts
+losses.py     load balance, and the size of logits
+config.py     every switch of the models
+moe.py        router and experts of a layer
+attention.py  rotary attention
+llama.py      pre-norm language model: the paper's large ones
+seq.py        post-norm language model: the paper's small ones
+"""
+
+from .config import RMoEConfig, RMoESeqConfig
+from .llama import RMoELM, empty_cache
+from .moe import ROUTING, STATISTICS
+from .seq import RMoESeqLM, empty_seq_cache
+
+__all__ = [
+    "ROUTING",
+    "STATISTICS",
+    "RMoEConfig",
+    "RMoELM",
+    "RMoESeqConfig",
+    "RMoESeqLM",
+    "empty_cache",
+    "empty_seq_cache",
+]

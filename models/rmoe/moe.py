@@ -1,0 +1,123 @@
+"""The mixture of experts of one layer: its router, its experts, and what is kept of both.
+
+Dimensions: T tokens (rows and their tokens in one), D hidden, E experts, F expert width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ...kernels import Experts, expert_mlp
+from ..layers import parameter
+from . import losses, router
+from .config import MoEConfig, RMoEConfig
+
+# Collections that a model fills if they are mutable, a value for each layer.
+STATISTICS = "statistics"  # losses.Statistics
+ROUTING = "routing"  # logits [T, E] and index [T, J], for analyses
+
+
+class RouterCell(nn.Module):
+    """Owns the parameters of the cell that all layers share; returns them."""
+
+    config: MoEConfig
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        c = self.config
+        shared, _ = router.parameters(c.router, c.hidden_size)
+        return _parameters(self, c, shared)
+
+
+class MoE(nn.Module):
+    """Router and experts of a layer: gated ones in pre-norm models, with biases and ReLU else."""
+
+    config: MoEConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        shared: dict[str, jax.Array],
+        carry: router.Carry,
+        mask_T: jax.Array | None = None,
+        keep_TJF: jax.Array | None = None,
+    ) -> tuple[jax.Array, router.Carry]:
+        """Experts' output [T, D], and the carry for the next layer's router.
+
+        Args:
+          x_TD: tokens.
+          shared: of ``RouterCell``.
+          carry: of the layer before.
+          mask_T: [T] bool, True = a token. The others go to no expert and count in no statistic.
+          keep_TJF: factors on the experts' hidden activations, or None.
+        """
+        c, hidden = self.config, x_TD.shape[-1]
+        _, specs = router.parameters(c.router, hidden)
+        own = _parameters(self, c, specs)
+        logits_TE, carry = router.route(c.router, shared, own, x_TD, carry)
+        index_TJ, weight_TJ, score_TJ = router.choose(c.router, logits_TE)
+        found = losses.statistics(router.balanced(c.router, logits_TE), index_TJ, mask_T)
+        self.sow(STATISTICS, "sums", found)
+        self.sow(ROUTING, "logits", logits_TE)
+        self.sow(ROUTING, "index", index_TJ)
+        y_TD = expert_mlp(
+            x_TD.astype(c.dtype),
+            index_TJ,
+            weight_TJ,
+            self._experts(hidden),
+            capacity_factor=c.capacity_factor or None,
+            policy=c.capacity_policy,
+            score=score_TJ,
+            mask=mask_T,
+            keep=keep_TJF,
+            implementation=None if c.implementation == "auto" else c.implementation,
+        )
+        return y_TD, carry
+
+    def _experts(self, hidden: int) -> Experts:
+        c, number, width = self.config, self.config.num_experts, self.config.intermediate_size
+        gated = isinstance(c, RMoEConfig)
+        if gated:
+            init: Any = nn.initializers.normal(c.initializer_range)
+        else:  # as public code initialises them: by both dimensions together
+            init = uniform(hidden * width)
+
+        def make(name: str, axes: tuple[str, ...], *shape: int, init=init) -> jax.Array:
+            return parameter(self, name, init, ("experts", *axes), (number, *shape), c.param_dtype)
+
+        up = make("up", ("embed", "mlp"), hidden, width)
+        down = make("down", ("mlp", "embed"), width, hidden)
+        if gated:
+            return Experts(up, down, make("gate", ("embed", "mlp"), hidden, width))
+        zeros = nn.initializers.zeros
+        biases = (
+            make("up_bias", ("mlp",), width, init=zeros),
+            make("down_bias", ("embed",), hidden, init=zeros),
+        )
+        return Experts(up, down, None, *biases)
+
+
+def uniform(inputs: int):
+    """An initializer: uniform within 1 / sqrt(inputs)."""
+    bound = inputs**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _parameters(
+    module: nn.Module, c: MoEConfig, specs: dict[str, router.Parameter]
+) -> dict[str, jax.Array]:
+    """The parameters that ``router.parameters`` names, as those of a module."""
+    std = c.initializer_range if isinstance(c, RMoEConfig) else None
+
+    def make(name: str, spec: router.Parameter) -> jax.Array:
+        def init(key, shape, dtype) -> Any:
+            del shape
+            return router.first_value(c.router, name, spec, key, jnp.dtype(dtype), std)
+
+        axes = ("router",) * len(spec.shape)
+        return parameter(module, f"router_{name}", init, axes, spec.shape, c.param_dtype)
+
+    return {name: make(name, spec) for name, spec in specs.items()}

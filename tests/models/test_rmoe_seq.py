@@ -1,0 +1,209 @@
+"""The small models' language model against the published one, over two blocks with a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.models import params as params_lib
+from scanax.models.rmoe import (
+    ROUTING,
+    STATISTICS,
+    RMoESeqConfig,
+    RMoESeqLM,
+    empty_seq_cache,
+    losses,
+)
+
+CONFIG = RMoESeqConfig(
+    vocab_size=19,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_heads=2,
+    intermediate_size=20,
+    num_experts=16,
+    experts_per_token=2,
+    router_cell="gru",
+    router_memory="full",
+    router_projector=True,
+    router_dim=8,
+    router_head="linear",
+    router_head_dim=8,
+    router_residual=0.0,
+    router_residual_detach=False,
+    router_residual_cumulative=False,
+    router_bias=True,
+    router_normalise=True,
+    capacity_factor=0.0,
+    capacity_policy="score",
+    balance_form="layer_sum",
+    balance_coefficient=0.01,
+    z_coefficient=0.0,
+    norm_eps=1e-5,
+    dtype="float64",
+    param_dtype="float64",
+    remat=False,
+    implementation="block",
+    span=8,
+    dropout=0.0,
+)
+CONFIGS = {"seq_rmoe": CONFIG, "seq_smoe": dataclasses.replace(CONFIG, router_cell="none")}
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def published(file, prefix: str, recurrent: bool):
+    """A published checkpoint's tensors (or gradients) as our parameters."""
+    get = lambda name: file[f"{prefix}.{name}"]
+    layers = lambda name: np.stack([get(f"layers.{i}.{name}") for i in range(3)])
+    turned = lambda name: layers(f"{name}.weight").swapaxes(-1, -2)
+    norm = lambda name: {"scale": layers(f"{name}.weight"), "bias": layers(f"{name}.bias")}
+    attention = {"q": "query", "k": "key", "v": "val", "o": "out"}
+    moe = {
+        "up": turned("smoe.experts.htoh4"),
+        "down": turned("smoe.experts.h4toh"),
+        "up_bias": layers("smoe.experts.htoh4.bias"),
+        "down_bias": layers("smoe.experts.h4toh.bias"),
+    }
+    gate = "router_layer" if recurrent else "gate"
+    moe["router_head"] = turned(f"smoe.gate.{gate}")
+    moe["router_head_bias"] = layers(f"smoe.gate.{gate}.bias")
+    if recurrent:
+        moe["router_projector"] = turned("smoe.gate.rnn_projector")
+        moe["router_projector_bias"] = layers("smoe.gate.rnn_projector.bias")
+    tree = {
+        "embeddings": get("in_emb.weight"),
+        "lm_head": {"kernel": get("out_emb.weight").T},
+        "lm_head_bias": get("out_emb.bias"),
+        "places": get("key_pe")[0],
+        "layers": {
+            "attn": {
+                f"{k}_proj": {"kernel": turned(f"attn.proj_{v}")} for k, v in attention.items()
+            },
+            "attn_norm": norm("norm1"),
+            "moe_norm": norm("smoe.layer_norm"),
+            "mlp_norm": norm("norm2"),
+            "moe": moe,
+        },
+    }
+    if recurrent:
+        tree["router"] = {
+            "router_input": get("routerRnn.weight_ih").T,
+            "router_hidden": get("routerRnn.weight_hh").T,
+            "router_input_bias": get("routerRnn.bias_ih"),
+            "router_hidden_bias": get("routerRnn.bias_hh"),
+        }
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def loss_of(c: RMoESeqConfig, ids, labels):
+    model = RMoESeqLM(c)
+
+    def loss(params, cache):
+        (logits, cache), found = model.apply(
+            {"params": params}, ids, cache=cache, mutable=[STATISTICS, ROUTING]
+        )
+        log_p = jax.nn.log_softmax(logits)
+        nll = -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=2))
+        (sums,) = found[STATISTICS]["layers"]["moe"]["sums"]
+        aux = losses.balance(sums, c.balance_form, c.experts_per_token)
+        value = nll + c.balance_coefficient * aux
+        return value, (log_p, nll, aux, cache, found[ROUTING]["layers"])
+
+    return loss
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_model(golden, check, jit, name, remat):
+    file = dict(np.load(golden / "rmoe" / f"{name}.npz"))
+    c, recurrent = dataclasses.replace(CONFIGS[name], remat=remat), name == "seq_rmoe"
+    params = published(file, "param", recurrent)
+    own = params_lib.initialise(RMoESeqLM(c), jax.random.key(0), jnp.asarray(file["blk0.X"]))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
+    cache = empty_seq_cache(c, 2)
+    for number in (0, 1):
+        block = {k.removeprefix(f"blk{number}."): v for k, v in file.items()}
+        check("cache", cache, block["cache_in"], 1e-11)
+        x, y = jnp.asarray(block["X"]), jnp.asarray(block["Y"])
+        run = jit(jax.value_and_grad(loss_of(c, x, y), has_aux=True))
+        (value, (log_p, nll, aux, cache, routing)), gradients = run(params, cache)
+        check("log p", log_p, block["logprobs"], 1e-11)
+        for what, got in (("loss", value), ("nll", nll), ("balance_sum", aux)):
+            check(what, got, block[what], 1e-11)
+        check("router", routing["moe"]["logits"][0], block["router_logits"], 1e-11)
+        check("experts", routing["output"][0], block["smoe_out"], 1e-11)
+        np.testing.assert_array_equal(routing["moe"]["index"][0], block["topk_idx"])
+        if number == 0:
+            wanted = published(file, "blk0.grad", recurrent)
+            for (path, got), want in zip(
+                jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True
+            ):
+                check(jax.tree_util.keystr(path), got, want, 1e-10)
+    check("cache", cache, file["cache_out"], 1e-11)
+
+
+def test_cut_anywhere_the_logits_are_the_same(jit, check):
+    """Blocks of any length, shorter and longer than the span, down to single tokens."""
+    model = RMoESeqLM(CONFIG)
+    ids = jax.random.randint(jax.random.key(0), (2, 25), 0, 19)
+    params = params_lib.initialise(model, jax.random.key(1), ids[:, :2])
+    apply = jit(lambda ids, cache: model.apply({"params": params}, ids, cache=cache))
+    logits, last = apply(ids, empty_seq_cache(CONFIG, 2))
+    cache, found = empty_seq_cache(CONFIG, 2), []
+    for start, end in ((0, 11), (11, 14), *((i, i + 1) for i in range(14, 25))):
+        part, cache = apply(ids[:, start:end], cache)
+        found.append(part)
+    check("logits", jnp.concatenate(found, axis=1), logits, 1e-11)
+    check("cache", cache, last, 1e-11)
+
+
+def test_a_token_sees_the_span_before_it_and_not_itself():
+    """One layer: what a token is made of, by its logits' derivatives (itself by the residual)."""
+    c = dataclasses.replace(CONFIG, num_hidden_layers=1, span=3)
+    model = RMoESeqLM(c)
+    ids = jax.random.randint(jax.random.key(0), (1, 9), 0, 19)
+    params = params_lib.initialise(model, jax.random.key(1), ids)
+    embedded = params["embeddings"]
+
+    def output(scale_S):
+        changed = {**params, "embeddings": embedded * scale_S[:, None]}
+        return model.apply({"params": changed}, jnp.arange(9)[None])[0][0]
+
+    seen = np.asarray(jax.jacobian(output)(jnp.ones(19)))[..., :9]
+    seen = np.abs(seen).sum(axis=1) > 1e-12
+    places = np.arange(9)
+    ahead = places[:, None] - places[None]
+    np.testing.assert_array_equal(seen, (ahead >= 0) & (ahead <= 3))
+
+
+def test_dropout_belongs_to_the_row():
+    c = dataclasses.replace(CONFIG, dropout=0.5)
+    model = RMoESeqLM(c)
+    ids = jax.random.randint(jax.random.key(0), (3, 6), 0, 19)
+    params = params_lib.initialise(model, jax.random.key(1), ids)
+    apply = lambda ids, keys: np.asarray(model.apply({"params": params}, ids, keys=keys)[0])
+    keys = jax.random.split(jax.random.key(2), 3)
+    noisy, other = apply(ids, keys), apply(ids, jax.random.split(jax.random.key(3), 3))
+    np.testing.assert_allclose(apply(ids[1:], keys[1:]), noisy[1:], atol=1e-10)
+    plain = apply(ids, None)
+    assert np.abs(noisy - plain).max() > 1e-3 and np.abs(noisy - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"span": 0}, "span must be positive"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"num_heads": 3}, "must divide hidden_size"),
+    ],
+)
+def test_wrong_configs_say_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
