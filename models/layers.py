@@ -174,6 +174,26 @@ class ShortConv(nn.Module):
         return y_BTD, last
 
 
+def next_token_logits(x_BTD: jax.Array, embedding_SD: jax.Array, config: Any) -> jax.Array:
+    """The end of a language model: a norm, and a head or the embedding. [B, T, S], float32 or more.
+
+    Call it where the model is built: "norm" and "lm_head" become submodules of it.
+
+    Args:
+      x_BTD: the residual stream.
+      embedding_SD: of the tokens.
+      config: of the model: vocab_size, tie_word_embeddings, norm_eps, initializer_range, dtypes.
+    """
+    c = config
+    x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
+    wide = accumulation_dtype(x_BTD.dtype)
+    if c.tie_word_embeddings:
+        weight_DS = embedding_SD.T.astype(c.dtype)
+        return jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
+    init, axes = nn.initializers.normal(c.initializer_range), ("embed", "vocab")
+    return Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")(x_BTD)
+
+
 def segment_runs(segment_ids, mask):
     """[B, T] segments numbered by change, so that an id may come back; None if there are none.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, SwiGLU, parameter
+from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from .config import DeltaProductConfig
 from .layer import DeltaProduct, LayerCache
 
@@ -60,15 +60,7 @@ class DeltaProductLM(nn.Module):
             x_BTD, layer_cache = block(c, name=f"layers_{i}")(x_BTD, mask, segment_ids, layer_cache)
             caches.append(layer_cache)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
-        wide = accumulation_dtype(x_BTD.dtype)
-        if c.tie_word_embeddings:
-            weight_DS = embedding_SD.T.astype(c.dtype)
-            logits_BTS = jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
-        else:
-            axes = ("embed", "vocab")
-            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")
-            logits_BTS = head(x_BTD)
+        logits_BTS = next_token_logits(x_BTD, embedding_SD, c)
         return logits_BTS, tuple(caches)
 
 

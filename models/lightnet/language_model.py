@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, parameter, segment_runs
+from ..layers import next_token_logits, parameter, segment_runs
 from .block import block_of, positions
 from .config import LightNetLMConfig
 from .layer import LayerCache
@@ -83,15 +83,7 @@ class LightNetLM(nn.Module):
             x_BTD, layer = block(x_BTD, place_BT[..., None], mask, segment_ids, layer)
             layers.append(layer)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
-        wide = accumulation_dtype(x_BTD.dtype)
-        if c.tie_word_embeddings:
-            weight_DS = embedding_SD.T.astype(c.dtype)
-            logits_BTS = jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
-        else:
-            axes = ("embed", "vocab")
-            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")
-            logits_BTS = head(x_BTD)
+        logits_BTS = next_token_logits(x_BTD, embedding_SD, c)
         if not has_cache(c):
             return logits_BTS, None
         return logits_BTS, LMCache(tuple(layers), tpe, offset)

@@ -15,12 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, RMSNorm, SwiGLU, parameter
+from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from . import router
 from .attention import Attention, KVCache
 from .config import RMoEConfig
-from .moe import ROUTING, STATISTICS, MoE, RouterCell
+from .moe import MoE, RouterCell, scanned
 
 
 class Block(nn.Module):
@@ -101,20 +100,12 @@ class RMoELM(nn.Module):
             (True, c.num_hidden_layers - c.num_dense_layers, "layers"),
         ):
             if number:
-                stack = _stack(c, number)(c, moe, name=part)
+                stack = scanned(Block, c, number, (0, None, None, None))(c, moe, name=part)
                 given = sparse if moe else dense
                 carry, given = stack(carry, given, shared, mask, segment_ids)
                 dense, sparse = (dense, given) if moe else (given, sparse)
         x_BTD = carry[0][:, -1:] if last_only else carry[0]
-        x_BTD = RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name="norm")(x_BTD)
-        wide = accumulation_dtype(x_BTD.dtype)
-        if c.tie_word_embeddings:
-            weight_DS = embedding_SD.T.astype(c.dtype)
-            logits_BTS = jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
-        else:
-            axes = ("embed", "vocab")
-            head = Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")
-            logits_BTS = head(x_BTD)
+        logits_BTS = next_token_logits(x_BTD, embedding_SD, c)
         return logits_BTS, None if cache is None else (dense, sparse)
 
 
@@ -127,20 +118,3 @@ def empty_cache(c: RMoEConfig, batch: int, length: int) -> tuple[Any, Any]:
         return KVCache(zeros, zeros, jnp.zeros(layers, jnp.int32)) if layers else None
 
     return stacked(c.num_dense_layers), stacked(c.num_hidden_layers - c.num_dense_layers)
-
-
-def _stack(c: RMoEConfig, number: int) -> Any:
-    """So many blocks, scanned: parameters and caches have a first axis of layers."""
-    block: Any = Block
-    axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-    if c.remat:
-        policy = jax.checkpoint_policies.save_only_these_names("router_index")
-        block = nn.remat(Block, policy=policy, prevent_cse=False)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, STATISTICS: 0, ROUTING: 0},
-        split_rngs={"params": True},
-        in_axes=axes,
-        length=number,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )

@@ -100,6 +100,30 @@ class MoE(nn.Module):
         return Experts(up, down, None, *biases)
 
 
+def scanned(block: type[nn.Module], c: MoEConfig, layers: int, axes: tuple[int | None, ...]) -> Any:
+    """``block`` as a scan over so many layers; parameters and routing get a first axis of them.
+
+    The backward recomputes a layer if the config says so, but does not choose experts again.
+
+    Args:
+      block: called with a carry and other arguments; returns the carry and an output.
+      axes: of those arguments: 0 for one that differs from layer to layer, None for the others.
+    """
+    stack: Any = block
+    if c.remat:
+        policy = jax.checkpoint_policies.save_only_these_names("router_index")
+        stack = nn.remat(block, policy=policy, prevent_cse=False)
+    in_axes: Any = tuple(nn.broadcast if axis is None else axis for axis in axes)
+    return nn.scan(
+        stack,
+        variable_axes={"params": 0, STATISTICS: 0, ROUTING: 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 def uniform(inputs: int):
     """An initializer: uniform within 1 / sqrt(inputs)."""
     bound = inputs**-0.5

@@ -21,7 +21,7 @@ from ...kernels.dtypes import accumulation_dtype
 from ..layers import Dense, LayerNorm, parameter
 from . import router
 from .config import RMoESeqConfig
-from .moe import ROUTING, STATISTICS, MoE, RouterCell, uniform
+from .moe import ROUTING, MoE, RouterCell, scanned, uniform
 
 
 class SpanAttention(nn.Module):
@@ -133,7 +133,8 @@ class RMoESeqLM(nn.Module):
         x_BTD = embedding_SD[ids].astype(c.dtype)
         carry = (x_BTD, router.start(c.router, ids.size, x_BTD.dtype))
         numbers = jnp.arange(c.num_hidden_layers)
-        stack = _stack(c)(c, name="layers")
+        axes = (0, 0, None, None, None)
+        stack = scanned(SeqBlock, c, c.num_hidden_layers, axes)(c, name="layers")
         place_KW = place_KW.astype(c.dtype)
         carry, memory_LBWD = stack(carry, memory_LBWD, numbers, shared, place_KW, keys)
         x_BTD = carry[0][:, -1:] if last_only else carry[0]
@@ -147,22 +148,6 @@ class RMoESeqLM(nn.Module):
 def empty_seq_cache(c: RMoESeqConfig, batch: int) -> jax.Array:
     """The cache before a text: [L, B, W, D] zeros."""
     return jnp.zeros((c.num_hidden_layers, batch, c.span, c.hidden_size), c.dtype)
-
-
-def _stack(c: RMoESeqConfig) -> Any:
-    block: Any = SeqBlock
-    axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
-    if c.remat:
-        policy = jax.checkpoint_policies.save_only_these_names("router_index")
-        block = nn.remat(SeqBlock, policy=policy, prevent_cse=False)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, STATISTICS: 0, ROUTING: 0},
-        split_rngs={"params": True},
-        in_axes=axes,
-        length=c.num_hidden_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
 
 
 def _shift(x_BHTW: jax.Array) -> jax.Array:
