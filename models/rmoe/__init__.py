@@ -7,6 +7,7 @@ moe.py        router and experts of a layer
 attention.py  rotary attention
 llama.py      pre-norm language model: the paper's large ones
 seq.py        post-norm language model: the paper's small ones
+analysis.py   what routers do: entropy, balance, information between layers
 """
 
 from .config import RMoEConfig, RMoESeqConfig
