@@ -6,7 +6,7 @@ implementation is tested against.
 
 from .additive_scan import additive_attention, additive_scan, additive_step
 from .delta_product import delta_product, delta_product_step
-from .expert_mlp import Experts, expert_mlp
+from .expert_mlp import Experts, expert_mlp, expert_mlp_sharded
 
 __all__ = [
     "Experts",
@@ -16,4 +16,5 @@ __all__ = [
     "delta_product",
     "delta_product_step",
     "expert_mlp",
+    "expert_mlp_sharded",
 ]

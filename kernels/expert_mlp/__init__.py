@@ -3,8 +3,10 @@
 layout.py           which row of a buffer holds which token: blocks, fixed capacity, sorted rows
 implementations.py  the experts on such rows
 api.py              the public function, argument checks
+parallel.py         the same on a mesh that divides the experts
 """
 
 from .api import Experts, capacity, expert_mlp, kept
+from .parallel import expert_mlp_sharded
 
-__all__ = ["Experts", "capacity", "expert_mlp", "kept"]
+__all__ = ["Experts", "capacity", "expert_mlp", "expert_mlp_sharded", "kept"]

@@ -56,7 +56,7 @@ def expert_mlp(
     Raises:
       ValueError: for shapes that do not fit, or an implementation that cannot do this.
     """
-    _check(x, index, weight, experts, score, mask, keep, policy)
+    check(x, index, weight, experts, score, mask, keep, policy)
     tokens, number = x.shape[0], experts.up.shape[0]
     if block_size is not None and block_size < 1:
         raise ValueError(f"expert_mlp: block_size must be positive, got {block_size}")
@@ -127,7 +127,8 @@ IMPLEMENTATIONS = {
 }
 
 
-def _check(x, index, weight, experts: Experts, score, mask, keep, policy: str):
+def check(x, index, weight, experts: Experts, score, mask, keep, policy: str) -> None:
+    """Raises a ValueError that names the argument of ``expert_mlp`` that does not fit."""
     if policy not in POLICIES:
         raise ValueError(f"expert_mlp: policy {policy!r} must be one of {', '.join(POLICIES)}")
     if x.ndim != 2 or index.ndim != 2:

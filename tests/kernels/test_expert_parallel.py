@@ -1,0 +1,106 @@
+"""Experts divided among devices, against one device: values and gradients, on eight devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+HERE = pathlib.Path(__file__)
+
+
+def main() -> None:
+    """Run as a program with eight devices, whatever the other tests have."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from scanax.kernels import Experts, expert_mlp, expert_mlp_sharded
+    from scanax.train.mesh import MeshConfig, make_mesh
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    tokens, number = 48, 8
+    few = np.where(np.arange(number) < 2, 0.0, -1e9)  # all tokens to the first device's experts
+
+    def case(gated: bool, choices: int, bias):
+        logits = rng.normal(size=(tokens, number)) + bias
+        index = jnp.asarray(np.argsort(-logits, axis=1)[:, :choices])
+        gate = normal(number, 6, 5) if gated else None
+        biases = (None, None) if gated else (normal(number, 5), normal(number, 6))
+        experts = Experts(normal(number, 6, 5), normal(number, 5, 6), gate, *biases)
+        weight = jax.nn.softmax(normal(tokens, choices))
+        return normal(tokens, 6), index, weight, experts, jnp.asarray(rng.random(tokens) < 0.8)
+
+    cases = [case(True, 2, 0.0), case(False, 3, 0.0), case(True, 2, few), case(True, 8, 0.0)]
+
+    def gradients(function, x, index, weight, experts, mask, **options):
+        def loss(x, weight, experts):
+            y = function(x, index, weight, experts, mask=mask, **options)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+        return jax.device_get(run(x, weight, experts))
+
+    for sizes in ({"expert": 2}, {"expert": 4, "data": 2}, {"expert": 8}):
+        mesh = make_mesh(
+            MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, "expert": 1, "sequence": 1} | sizes)
+        )
+        for given in cases if mesh.size == 8 and "data" in sizes else cases[1:3]:
+            want = gradients(expert_mlp, *given, implementation="dense")
+            all_places = {"capacity_factor": float(number)}
+            for options in (
+                {},
+                all_places,
+                {"implementation": "ragged"},
+                {**all_places, "policy": "position"},
+            )[: None if given is cases[0] else 2]:
+                got = gradients(expert_mlp_sharded, *given, mesh=mesh, **options)
+                for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                    error = np.abs(a - b).max() / max(1, np.abs(b).max())
+                    assert error <= 1e-12, (sizes, options, error)
+        # A device drops by its own tokens: each part of the row alone gives the same.
+        x, index, weight, experts, mask = cases[0]
+        got = expert_mlp_sharded(x, index, weight, experts, mesh=mesh, capacity_factor=0.75)
+        parts = [jnp.split(a, mesh.size) for a in (x, index, weight)]
+        alone = [
+            expert_mlp(*part, experts, capacity_factor=0.75) for part in zip(*parts, strict=True)
+        ]
+        assert np.abs(got - jnp.concatenate(alone)).max() <= 1e-12
+        try:
+            expert_mlp_sharded(x[:-1], index[:-1], weight[:-1], experts, mesh=mesh)
+        except ValueError as error:
+            assert "47 tokens do not divide" in str(error)
+        else:
+            raise AssertionError("47 tokens were divided")
+    print("equal")
+
+
+def test_divided_experts_are_the_same_experts():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, str(HERE)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0 and ran.stdout.endswith("equal\n"), ran.stderr[-3000:]
+
+
+def test_experts_that_do_not_divide():
+    import jax.numpy as jnp
+
+    from scanax.kernels import Experts, expert_mlp_sharded
+
+    mesh = jax.make_mesh((1, 1, 2), ("data", "fsdp", "expert"), devices=jax.devices()[:2])
+    experts = Experts(jnp.ones((3, 4, 5)), jnp.ones((3, 5, 4)))
+    with pytest.raises(ValueError, match="3 experts do not divide among 2 devices"):
+        expert_mlp_sharded(
+            jnp.ones((4, 4)), jnp.zeros((4, 1), int), jnp.ones((4, 1)), experts, mesh=mesh
+        )
+
+
+if __name__ == "__main__":
+    main()
