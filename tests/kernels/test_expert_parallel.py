@@ -64,7 +64,7 @@ def main() -> None:
                     error = np.abs(a - b).max() / max(1, np.abs(b).max())
                     assert error <= 1e-12, (sizes, options, error)
         # A device drops by its own tokens: each part of the row alone gives the same.
-        x, index, weight, experts, mask = cases[0]
+        x, index, weight, experts, _ = cases[0]
         got = expert_mlp_sharded(x, index, weight, experts, mesh=mesh, capacity_factor=0.75)
         parts = [jnp.split(a, mesh.size) for a in (x, index, weight)]
         alone = [
