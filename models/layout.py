@@ -23,11 +23,14 @@ class Leaf:
       shape: in the checkpoint.
       axes: our axes in terms of the checkpoint's; axes of length 1 that we do not have are
         left out. (1, 0) transposes, (2, 0) takes [D, 1, W] to [W, D].
+      at: where in the parameter it goes, if that is made of several tensors: an index of numpy's,
+        of whole numbers and slices with both ends.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+    at: tuple[int | slice, ...] = ()
 
 
 def vector(path: str, size: int) -> Leaf:
@@ -58,7 +61,10 @@ def load(table: Mapping[str, Leaf], tensors: Mapping[str, Any]) -> Any:
         would change.
     """
     _check_names("tensor", expected=table, given=tensors)
-    flat = {leaf.path: _to_jax(name, tensors[name], leaf) for name, leaf in table.items()}
+    parts: dict[str, dict[str, Leaf]] = {}
+    for name, leaf in table.items():
+        parts.setdefault(leaf.path, {})[name] = leaf
+    flat = {path: _to_jax(leaves, tensors) for path, leaves in parts.items()}
     return traverse.unflatten_dict(flat, sep="/")
 
 
@@ -68,8 +74,13 @@ def dump(table: Mapping[str, Leaf], params: Any) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if a parameter is missing, left over, or of another shape.
     """
-    flat = traverse.flatten_dict(params, sep="/")
-    _check_names("parameter", expected={leaf.path for leaf in table.values()}, given=flat)
+    flat: Any = traverse.flatten_dict(params, sep="/")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for leaf in table.values():
+        shapes[leaf.path] = _grown(shapes.get(leaf.path, ()), leaf)
+    _check_names("parameter", expected=shapes, given=flat)
+    for path, shape in shapes.items():
+        _check_shape("parameter", path, np.shape(flat[path]), shape)
     return {name: _to_numpy(flat[leaf.path], leaf) for name, leaf in table.items()}
 
 
@@ -83,25 +94,46 @@ def _check_names(kind: str, expected, given):
             raise ValueError(f"{kind} {problem}: {', '.join(names[:5])}{more}")
 
 
-def _to_jax(name: str, tensor, leaf: Leaf) -> jax.Array:
-    array = np.asarray(tensor)
-    _check_shape("tensor", name, array.shape, leaf.shape)
-    kept = tuple(size for axis, size in enumerate(array.shape) if axis in leaf.axes)
-    ranks = tuple(sorted(leaf.axes).index(axis) for axis in leaf.axes)
-    with_jax = jnp.asarray(np.ascontiguousarray(array.reshape(kept).transpose(ranks)))
-    if with_jax.dtype != array.dtype:
+def _to_jax(leaves: Mapping[str, Leaf], tensors: Mapping[str, Any]) -> jax.Array:
+    """One parameter from the tensors that it is made of."""
+    first, shape, parts = next(iter(leaves)), (), {}
+    dtype = np.asarray(tensors[first]).dtype
+    for name, leaf in leaves.items():
+        part = np.asarray(tensors[name])
+        _check_shape("tensor", name, part.shape, leaf.shape)
+        if part.dtype != dtype:
+            raise ValueError(f"tensor {name} is {part.dtype}, but {first} is {dtype}")
+        kept = tuple(size for axis, size in enumerate(part.shape) if axis in leaf.axes)
+        ranks = tuple(sorted(leaf.axes).index(axis) for axis in leaf.axes)
+        parts[name] = part.reshape(kept).transpose(ranks)
+        shape = _grown(shape, leaf)
+    array = np.empty(shape, dtype)
+    for name, part in parts.items():
+        array[leaves[name].at or ...] = part
+    with_jax = jnp.asarray(array)
+    if with_jax.dtype != dtype:
         raise ValueError(
-            f"tensor {name} is {array.dtype}, which jax would turn into {with_jax.dtype};"
+            f"tensor {first} is {dtype}, which jax would turn into {with_jax.dtype};"
             " convert it first, or enable jax_enable_x64"
         )
     return with_jax
 
 
 def _to_numpy(param, leaf: Leaf) -> np.ndarray:
-    array = np.asarray(param)
-    _check_shape("parameter", leaf.path, array.shape, tuple(leaf.shape[i] for i in leaf.axes))
-    ordered = array.transpose(np.argsort(leaf.axes))
+    part = np.asarray(param)[leaf.at or ...]
+    ordered = part.transpose(np.argsort(leaf.axes))
     return np.ascontiguousarray(ordered.reshape(leaf.shape))
+
+
+def _grown(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    """The shape of a parameter that has room for what it had and for this leaf."""
+    sizes = [leaf.shape[axis] for axis in leaf.axes]
+    for axis, where in enumerate(leaf.at):
+        if isinstance(where, slice):
+            sizes[axis] = where.stop
+        else:
+            sizes.insert(axis, where + 1)
+    return tuple(max(a, b) for a, b in zip(shape or sizes, sizes, strict=True))
 
 
 def _check_shape(kind: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]):

@@ -18,6 +18,7 @@ import numpy as np
 from .. import layout
 from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
 from ..lightnet import LightNetLM, LightNetLMConfig, interop as lightnet
+from ..rmoe import RMoEConfig, RMoELM, RMoESeqConfig, RMoESeqLM, interop as rmoe
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -67,6 +68,12 @@ FAMILIES = {
         LightNetLM,
         lightnet.config_to_fla,
         "lightnet",
+    ),
+    "rmoe_llama": Family(
+        rmoe.llama_config, RMoEConfig, rmoe.llama_table, RMoELM, rmoe.llama_public, "rmoe"
+    ),
+    "rmoe_seq": Family(
+        rmoe.seq_config, RMoESeqConfig, rmoe.seq_table, RMoESeqLM, rmoe.seq_public, "rmoe_seq"
     ),
 }
 

@@ -173,8 +173,13 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def guess(tensors: Mapping[str, Any]) -> str:
     """The family by its tensors' names."""
     has = lambda part: any(part in name for name in tensors)
-    if has(".g_proj.0."):
-        return "fla_lightnet"
+    for part, family in (
+        (".g_proj.0.", "fla_lightnet"),
+        (".block_sparse_moe.", "rmoe_llama"),
+        (".smoe.", "rmoe_seq"),
+    ):
+        if has(part):
+            return family
     return "official_delta_product" if has(".k_projs.0.") else "fla_delta_product"
 
 

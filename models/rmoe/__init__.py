@@ -8,6 +8,7 @@ attention.py  rotary attention
 llama.py      pre-norm language model: the paper's large ones
 seq.py        post-norm language model: the paper's small ones
 analysis.py   what routers do: entropy, balance, information between layers
+interop.py    published checkpoints
 """
 
 from .config import RMoEConfig, RMoESeqConfig

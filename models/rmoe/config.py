@@ -76,7 +76,8 @@ class MoEConfig:
     def router(self) -> RouterConfig:
         """The router, without the prefix of its keys."""
         names = [field.name for field in dataclasses.fields(RouterConfig)]
-        values = {n: getattr(self, n if hasattr(self, n) else f"router_{n}") for n in names}
+        own = lambda n: f"router_{n}" if hasattr(self, f"router_{n}") else n
+        values = {n: getattr(self, own(n)) for n in names}
         return RouterConfig(**values)
 
     @property

@@ -93,6 +93,7 @@ class SeqBlock(nn.Module):
         y_BTD = y_BTD if kept is None else y_BTD * kept.astype(y_BTD.dtype)
         m_BTD = norm("moe_norm")(u_BTD + y_BTD)
         self.sow(ROUTING, "output", m_BTD)
+        norm("unused_norm")(x_BTD[:, :1])  # published models have it, and count it
         after = jnp.concatenate([memory_BWD, x_BTD.astype(memory_BWD.dtype)], axis=1)[:, -width:]
         return (norm("mlp_norm")(u_BTD + m_BTD), remembered), jax.lax.stop_gradient(after)
 

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.models import params as params_lib
-from scanax.models.rmoe import ROUTING, STATISTICS, RMoEConfig, RMoELM, empty_cache, losses
+from scanax.models import interop as checkpoints, layout, params as params_lib
+from scanax.models.rmoe import (
+    ROUTING,
+    STATISTICS,
+    RMoEConfig,
+    RMoELM,
+    empty_cache,
+    interop,
+    losses,
+)
 
 CONFIG = RMoEConfig(
     vocab_size=29,
@@ -63,52 +71,10 @@ def wide():
         yield
 
 
-def published(file, prefix: str, recurrent: bool):
+def published(c: RMoEConfig, file, prefix: str):
     """A published checkpoint's tensors (or gradients) as our parameters."""
-    get = lambda name: file[f"{prefix}.{name}"]
-    layers = lambda name: np.stack([get(f"model.layers.{i}.{name}") for i in range(4)])
-    kernel = lambda name: {"kernel": layers(f"{name}.weight").swapaxes(1, 2)}
-    scale = lambda name: {"scale": layers(f"{name}.weight")}
-    experts = lambda w: np.stack(
-        [
-            np.stack(
-                [
-                    get(f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}.weight").T
-                    for e in range(8)
-                ]
-            )
-            for i in range(4)
-        ]
-    )
-    moe = {"gate": experts("w1"), "up": experts("w3"), "down": experts("w2")}
-    part = "block_sparse_moe"
-    if recurrent:
-        moe["router_projector"] = layers(f"{part}.weight1").swapaxes(1, 2)
-        moe["router_head"] = layers(f"{part}.weight2").swapaxes(1, 2)
-    else:
-        moe["router_head"] = layers(f"{part}.gate.weight").swapaxes(1, 2)
-    tree = {
-        "embeddings": get("model.embed_tokens.weight"),
-        "norm": {"scale": get("model.norm.weight")},
-        "lm_head": {"kernel": get("lm_head.weight").T},
-        "layers": {
-            "attn": {f"{n}_proj": kernel(f"self_attn.{n}_proj") for n in "qkvo"},
-            "attn_norm": scale("input_layernorm"),
-            "mlp_norm": scale("post_attention_layernorm"),
-            "moe": moe,
-        },
-    }
-    if recurrent:
-        pack = lambda kind, side: np.concatenate(
-            [get(f"model.rnn_router.{kind}_{side}{g}") for g in "rzn"]
-        )
-        tree["router"] = {
-            "router_input": pack("weight", "i").T,
-            "router_hidden": pack("weight", "h").T,
-            "router_input_bias": pack("bias", "i"),
-            "router_hidden_bias": pack("bias", "h"),
-        }
-    return jax.tree.map(jnp.asarray, tree)
+    tensors = {k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)}
+    return layout.load(interop.llama_table(c), tensors)
 
 
 def loss_of(c: RMoEConfig, ids):
@@ -131,9 +97,9 @@ def loss_of(c: RMoEConfig, ids):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_model(golden, check, jit, name, remat):
     file = dict(np.load(golden / "rmoe" / f"{name}.npz"))
-    c, recurrent = dataclasses.replace(CONFIGS[name], remat=remat), name == "llama_rmoe"
+    c = dataclasses.replace(CONFIGS[name], remat=remat)
     ids = jnp.asarray(file["input_ids"])
-    params = published(file, "param", recurrent)
+    params = published(c, file, "param.")
     own = params_lib.initialise(RMoELM(c), jax.random.key(0), ids)
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
     gradient = jit(jax.value_and_grad(loss_of(c, ids), has_aux=True))
@@ -147,7 +113,7 @@ def test_published_model(golden, check, jit, name, remat):
         ("aux", aux, "aux_hf_pooled"),
     ):
         check(what, got, file[want], 1e-11)
-    wanted = published(file, "grad", recurrent)
+    wanted = published(c, file, "grad.")
     for (path, got), want in zip(
         jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True
     ):
@@ -231,6 +197,32 @@ def test_wrong_configs_say_what_is_wrong(change, message):
         dataclasses.replace(CONFIG, **change)
 
 
-def test_golden_files_are_of_this_shape(golden):
-    meta = json.loads(str(np.load(golden / "rmoe" / "llama_rmoe.npz")["__meta__"]))
-    assert meta["rope_theta"] == CONFIG.rope_theta and meta["num_local_experts"] == 8
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoints_both_ways(golden, check, name):
+    """Bitwise, with the published configuration, which comes back as well."""
+    file = dict(np.load(golden / "rmoe" / f"{name}.npz"))
+    public = json.loads(str(file["__meta__"]))
+    tensors = {k.removeprefix("param."): v for k, v in file.items() if k.startswith("param.")}
+    module, params = checkpoints.from_torch("rmoe_llama", tensors, public)
+    logits, _ = module.apply({"params": params}, jnp.asarray(file["input_ids"]))
+    check("logits", logits, file["logits"], 1e-11)
+    back = checkpoints.to_torch("rmoe_llama", params, public)
+    assert back.keys() == tensors.keys()
+    assert all(
+        np.array_equal(back[k], v) and back[k].flags.c_contiguous for k, v in tensors.items()
+    )
+    again = interop.llama_config(interop.llama_public(module.config), "float64")
+    assert again == dataclasses.replace(module.config, num_kv_heads=4)
+    missing = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
+    fewer = {k: v for k, v in tensors.items() if k != missing}
+    with pytest.raises(ValueError, match=f"tensor missing: {missing}"):
+        checkpoints.from_torch("rmoe_llama", fewer, public)
+    with pytest.raises(ValueError, match=f"tensor {missing} has shape"):
+        checkpoints.from_torch("rmoe_llama", {**tensors, missing: np.ones((20, 24))}, public)
+    with pytest.raises(ValueError, match="moe_router_type='tree'"):
+        checkpoints.from_torch("rmoe_llama", tensors, {**public, "moe_router_type": "tree"})
+    with pytest.raises(ValueError, match="moe_num_layers=3"):
+        checkpoints.from_torch("rmoe_llama", tensors, {**public, "moe_num_layers": 3})
+    other = dataclasses.replace(module.config, router_residual=0.5)
+    with pytest.raises(ValueError, match="router_residual"):
+        interop.llama_public(other)

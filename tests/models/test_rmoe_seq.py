@@ -1,19 +1,21 @@
 """The small models' language model against the published one, over two blocks with a cache."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.models import params as params_lib
+from scanax.models import interop as checkpoints, layout, params as params_lib
 from scanax.models.rmoe import (
     ROUTING,
     STATISTICS,
     RMoESeqConfig,
     RMoESeqLM,
     empty_seq_cache,
+    interop,
     losses,
 )
 
@@ -58,48 +60,10 @@ def wide():
         yield
 
 
-def published(file, prefix: str, recurrent: bool):
+def published(c: RMoESeqConfig, file, prefix: str):
     """A published checkpoint's tensors (or gradients) as our parameters."""
-    get = lambda name: file[f"{prefix}.{name}"]
-    layers = lambda name: np.stack([get(f"layers.{i}.{name}") for i in range(3)])
-    turned = lambda name: layers(f"{name}.weight").swapaxes(-1, -2)
-    norm = lambda name: {"scale": layers(f"{name}.weight"), "bias": layers(f"{name}.bias")}
-    attention = {"q": "query", "k": "key", "v": "val", "o": "out"}
-    moe = {
-        "up": turned("smoe.experts.htoh4"),
-        "down": turned("smoe.experts.h4toh"),
-        "up_bias": layers("smoe.experts.htoh4.bias"),
-        "down_bias": layers("smoe.experts.h4toh.bias"),
-    }
-    gate = "router_layer" if recurrent else "gate"
-    moe["router_head"] = turned(f"smoe.gate.{gate}")
-    moe["router_head_bias"] = layers(f"smoe.gate.{gate}.bias")
-    if recurrent:
-        moe["router_projector"] = turned("smoe.gate.rnn_projector")
-        moe["router_projector_bias"] = layers("smoe.gate.rnn_projector.bias")
-    tree = {
-        "embeddings": get("in_emb.weight"),
-        "lm_head": {"kernel": get("out_emb.weight").T},
-        "lm_head_bias": get("out_emb.bias"),
-        "places": get("key_pe")[0],
-        "layers": {
-            "attn": {
-                f"{k}_proj": {"kernel": turned(f"attn.proj_{v}")} for k, v in attention.items()
-            },
-            "attn_norm": norm("norm1"),
-            "moe_norm": norm("smoe.layer_norm"),
-            "mlp_norm": norm("norm2"),
-            "moe": moe,
-        },
-    }
-    if recurrent:
-        tree["router"] = {
-            "router_input": get("routerRnn.weight_ih").T,
-            "router_hidden": get("routerRnn.weight_hh").T,
-            "router_input_bias": get("routerRnn.bias_ih"),
-            "router_hidden_bias": get("routerRnn.bias_hh"),
-        }
-    return jax.tree.map(jnp.asarray, tree)
+    tensors = {k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)}
+    return layout.load(interop.seq_table(c), tensors)
 
 
 def loss_of(c: RMoESeqConfig, ids, labels):
@@ -123,8 +87,8 @@ def loss_of(c: RMoESeqConfig, ids, labels):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_model(golden, check, jit, name, remat):
     file = dict(np.load(golden / "rmoe" / f"{name}.npz"))
-    c, recurrent = dataclasses.replace(CONFIGS[name], remat=remat), name == "seq_rmoe"
-    params = published(file, "param", recurrent)
+    c = dataclasses.replace(CONFIGS[name], remat=remat)
+    params = published(c, file, "param.")
     own = params_lib.initialise(RMoESeqLM(c), jax.random.key(0), jnp.asarray(file["blk0.X"]))
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
     cache = empty_seq_cache(c, 2)
@@ -141,7 +105,7 @@ def test_published_model(golden, check, jit, name, remat):
         check("experts", routing["output"][0], block["smoe_out"], 1e-11)
         np.testing.assert_array_equal(routing["moe"]["index"][0], block["topk_idx"])
         if number == 0:
-            wanted = published(file, "blk0.grad", recurrent)
+            wanted = published(c, file, "blk0.grad.")
             for (path, got), want in zip(
                 jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True
             ):
@@ -207,3 +171,57 @@ def test_dropout_belongs_to_the_row():
 def test_wrong_configs_say_what_is_wrong(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoints_both_ways(golden, check, name):
+    file = dict(np.load(golden / "rmoe" / f"{name}.npz"))
+    public = json.loads(str(file["__meta__"]))
+    tensors = {k.removeprefix("param."): v for k, v in file.items() if k.startswith("param.")}
+    module, params = checkpoints.from_torch("rmoe_seq", tensors, public)
+    logits, _ = module.apply({"params": params}, jnp.asarray(file["blk0.X"]))
+    check("logits", jax.nn.log_softmax(logits), file["blk0.logprobs"], 1e-11)
+    back = checkpoints.to_torch("rmoe_seq", params, public)
+    assert back.keys() == tensors.keys()
+    assert all(
+        np.array_equal(back[k], v) and back[k].flags.c_contiguous for k, v in tensors.items()
+    )
+    assert interop.seq_config(interop.seq_public(module.config), "float64") == module.config
+    with pytest.raises(ValueError, match="config lacks span"):
+        checkpoints.from_torch(
+            "rmoe_seq", tensors, {k: v for k, v in public.items() if k != "span"}
+        )
+    with pytest.raises(ValueError, match="kind='xmoe'"):
+        checkpoints.from_torch("rmoe_seq", tensors, {**public, "kind": "xmoe"})
+
+
+# millions of parameters, as the paper prints them; hidden size, layers, changes
+COUNTS = {
+    "SMoE, medium": ("36.08", 352, 8, {"router_cell": "none"}),
+    "RMoE, medium": ("36.51", 352, 8, {}),
+    "RNN, medium": ("36.44", 352, 8, {"router_cell": "rnn"}),
+    "LSTM, medium": ("36.54", 352, 8, {"router_cell": "lstm"}),
+    "S-proj, medium": ("36.23", 352, 8, {"router_projector": False}),
+    "MLP, medium": (
+        "36.79",
+        352,
+        8,
+        {"router_cell": "none", "router_head": "mlp", "router_head_dim": 256},
+    ),
+    "SMoE, small": ("15.32", 264, 6, {"router_cell": "none"}),
+    "RMoE, small": ("15.61", 264, 6, {}),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_papers(name):
+    printed, hidden, layers, changes = COUNTS[name]
+    c = dataclasses.replace(
+        CONFIG,
+        **{"vocab_size": 205, "hidden_size": hidden, "num_hidden_layers": layers},
+        **{"num_heads": 8, "intermediate_size": hidden, "router_dim": 128, "span": 2048},
+        **changes,
+    )
+    ids = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(RMoESeqLM(c).init, jax.random.key(0), ids)["params"]
+    assert f"{params_lib.count(shapes) / 1e6:.2f}" == printed
