@@ -6,6 +6,7 @@ a skipped update does not shift it. Parameter averaging (EMA) is part of the ste
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 
 SCHEDULES = ("constant", "cosine", "wsd")
 DECAY_MASKS = ("matrices", "all")
+STACKED = ("layers", "experts")  # logical axes of parameters that are many of a kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class OptimizerConfig:
       decay_steps: length of the decay of "wsd".
       final_fraction: rate after the last step, as a fraction of the peak.
       b1, b2, eps, weight_decay: of AdamW; the decay is multiplied by the rate.
-      decay_mask: "matrices" decays parameters with two or more axes, "all" every one.
+      decay_mask: "matrices" decays parameters with two or more axes, not counting those along
+        which layers or experts lie behind each other; "all" every one.
       clip_norm: largest global gradient norm; 0 turns clipping off.
       ema_decay: of the parameter average (with warm-up: at most (1 + step) / (10 + step));
         0 turns the average off.
@@ -96,11 +99,17 @@ def make_schedule(config: OptimizerConfig, num_steps: int):
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam's direction and weight decay; the step multiplies by -rate."""
+def make_optimizer(config: OptimizerConfig, param_axes: Any) -> optax.GradientTransformation:
+    """Clipping, Adam's direction and weight decay; the step multiplies by -rate.
+
+    Args:
+      config: its settings.
+      param_axes: logical axis names of the parameters, ``Task.param_axes``.
+    """
     mask = None
     if config.decay_mask == "matrices":
-        mask = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+        own = lambda axes: [axis for axis in axes if axis not in STACKED]
+        mask = lambda params: jax.tree.map(lambda _, axes: len(own(axes)) >= 2, params, param_axes)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),

@@ -54,7 +54,7 @@ def create(task: Task, config: Config) -> TrainState:
         params=params,
         ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
         extra=extra,
-        opt_state=make_optimizer(config.optimizer).init(params),
+        opt_state=make_optimizer(config.optimizer, task.param_axes).init(params),
         key=noise_key,
         skipped=zero,
         bad_steps=zero,
@@ -72,7 +72,7 @@ def shardings(task: Task, config: Config, mesh: Mesh) -> Any:
     params = mesh_lib.param_shardings(mesh, state.params, task.param_axes)
     whole = mesh_lib.replicated(mesh)
     moments = optax.tree.map_params(
-        make_optimizer(config.optimizer),
+        make_optimizer(config.optimizer, task.param_axes),
         lambda _, sharding: sharding,
         state.opt_state,
         params,

@@ -31,7 +31,7 @@ def make_step(
     The returned metrics are scalars ("loss", "grad_norm", "update_norm", "learning_rate",
     "skipped", "bad_steps" and the task's), and "finite_gradients": one bool per parameter.
     """
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, task.param_axes)
     schedule = make_schedule(config.optimizer, config.num_steps)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):

@@ -11,6 +11,7 @@ analysis.py   what routers do: entropy, balance, information between layers
 interop.py    published checkpoints
 """
 
+from . import losses
 from .config import RMoEConfig, RMoESeqConfig
 from .llama import RMoELM, empty_cache
 from .moe import ROUTING, STATISTICS
@@ -25,4 +26,5 @@ __all__ = [
     "RMoESeqLM",
     "empty_cache",
     "empty_seq_cache",
+    "losses",
 ]

@@ -37,7 +37,7 @@ def build(config: Config) -> Task:
     corpus = Corpus(data)
     tokenizer = corpus.tokenizer
     packed, vocabulary = data.layout == "packed", f"data.tokenizer {data.tokenizer}"
-    lm = causal_lm(config, tokenizer.vocab_size, vocabulary, segments=packed)
+    lm = causal_lm(config, tokenizer.vocab_size, vocabulary, segments=packed, penalised=True)
     module: Any = lm.module
     example = jnp.zeros((1, 2), jnp.int32)
     start = 0 if tokenizer.end is None else tokenizer.end
@@ -50,9 +50,13 @@ def build(config: Config) -> Task:
         return params_lib.initialise(module, key, example), {}
 
     def sums(params, batch):
-        """Name -> (sum, weight) over the tokens that have a label."""
-        segments = batch["segments"] if packed else None
-        logits_BTS, _ = module.apply({"params": params}, batch["ids"], segment_ids=segments)
+        """Name -> (sum, weight) over the tokens that have a label, and the penalty per token."""
+        options = {"segment_ids": batch["segments"]} if packed else {}
+        if packed and lm.masked:
+            options["mask"] = batch["segments"] > 0
+        (logits_BTS, _), filled = module.apply(
+            {"params": params}, batch["ids"], **options, mutable=list(lm.collections)
+        )
         loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
         loss = jnp.sum(loss_BT)
         tokens = jnp.sum(real_BT, dtype=jnp.float32)
@@ -60,17 +64,22 @@ def build(config: Config) -> Task:
         if bytes_S is not None:
             bytes_BT = jnp.where(real_BT, jnp.asarray(bytes_S)[batch["labels"]], 0.0)
             found["bits_per_byte"] = (loss / jnp.log(2.0), jnp.sum(bytes_BT))
-        return found
+        penalty = jnp.zeros(())
+        for name, (coefficient, value) in lm.penalties(filled).items():
+            if coefficient:
+                found[name] = (tokens * value, tokens)
+                penalty += coefficient * value
+        return found, penalty
 
     def loss(params, extra, batch, keys):
         del keys  # the model has no noise
-        metrics = sums(params, batch)
+        metrics, penalty = sums(params, batch)
         value, weight = metrics.pop("loss")
-        return value, Aux(weight, extra, metrics)
+        return value + weight * penalty, Aux(weight, extra, metrics)
 
     def evaluate(params, extra, batch, keys):
         del extra, keys
-        return sums(params, batch)
+        return sums(params, batch)[0]
 
     def apply(params, ids, mask, cache):
         return module.apply({"params": params}, ids, mask=mask, cache=cache, last_only=True)

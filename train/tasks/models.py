@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ...models import delta_product, lightnet
+from ...models import delta_product, lightnet, rmoe
 from ..config import Config, ConfigError, build
 
 
@@ -20,6 +20,9 @@ class CausalLM(NamedTuple):
       empty_cache: batch size -> cache before the first token.
       has_cache: whether there is one; else the model cannot go on from a state.
       states: cache -> the layers' matrices [layers, B, H, K, V].
+      collections: that the module fills in training, for ``penalties``.
+      penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
+      masked: the module wants to know which tokens are padding.
     """
 
     config: Any
@@ -27,6 +30,9 @@ class CausalLM(NamedTuple):
     empty_cache: Callable[[int], Any]
     has_cache: bool
     states: Callable[[Any], jax.Array]
+    collections: tuple[str, ...] = ()
+    penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
+    masked: bool = False
 
 
 def choose(config: Config, families: Mapping[str, Any]) -> Any:
@@ -39,7 +45,9 @@ def choose(config: Config, families: Mapping[str, Any]) -> Any:
     return families[config.family]
 
 
-def causal_lm(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+def causal_lm(
+    config: Config, vocab_size: int, vocabulary: str, segments: bool, penalised: bool = False
+) -> CausalLM:
     """The model of a config.
 
     Args:
@@ -47,11 +55,18 @@ def causal_lm(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
       vocab_size: tokens of the data; the model's vocabulary if the config has 0.
       vocabulary: names them in messages.
       segments: rows hold more than one document.
+      penalised: the task adds the model's penalties to its loss.
 
     Raises:
       ValueError: if the model is not one for this data.
     """
-    return choose(config, _CAUSAL)(config, vocab_size, vocabulary, segments)
+    lm = choose(config, _CAUSAL)(config, vocab_size, vocabulary, segments)
+    if lm.collections and not penalised:
+        raise ConfigError(
+            f"task {config.task} cannot train family {config.family}: it leaves out the loss that"
+            " keeps the experts busy"
+        )
+    return lm
 
 
 def masked_lm(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
@@ -89,6 +104,26 @@ def _lightnet(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
     )
 
 
+def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+    del segments  # always understood
+    model = _with_vocabulary(config, rmoe.RMoEConfig, vocab_size, vocabulary)
+
+    def penalties(found):
+        (sums,) = found[rmoe.STATISTICS]["layers"]["moe"]["sums"]
+        balance = rmoe.losses.balance(sums, model.balance_form, model.experts_per_token)
+        return {
+            "balance_loss": (model.balance_coefficient, balance),
+            "z_loss": (model.z_coefficient, rmoe.losses.z_loss(sums)),
+        }
+
+    def nothing(*args):
+        raise ValueError("keys and values of earlier tokens are no state of constant size")
+
+    module = rmoe.RMoELM(model)
+    collections = (rmoe.STATISTICS,)
+    return CausalLM(model, module, nothing, False, nothing, collections, penalties, masked=True)
+
+
 def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
     model = _with_vocabulary(config, lightnet.LightNetLMConfig, vocab_size, vocabulary)
     if model.causal:
@@ -107,5 +142,5 @@ def _with_vocabulary(config: Config, kind: type, vocab_size: int, vocabulary: st
     return model
 
 
-_CAUSAL = {"delta_product": _delta_product, "lightnet": _lightnet}
+_CAUSAL = {"delta_product": _delta_product, "lightnet": _lightnet, "rmoe": _rmoe}
 _MASKED = {"lightnet": _masked_lightnet}

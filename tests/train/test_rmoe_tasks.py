@@ -1,0 +1,124 @@
+"""RMoE on texts: the loss with its penalties, padding, weight decay, and mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.configs import base
+from scanax.models.rmoe import STATISTICS, RMoEConfig, RMoELM, losses
+from scanax.train import tasks
+from scanax.train.config import ConfigError, build as build_part, from_dict
+from scanax.train.data.pipeline import IGNORE
+from scanax.train.optimizer import make_optimizer
+
+MODEL = {
+    "model.hidden_size": 16,
+    "model.num_heads": 2,
+    "model.num_hidden_layers": 3,
+    "model.intermediate_size": 12,
+    "model.router_dim": 8,
+    "model.initializer_range": 0.3,
+    "mesh.data": 1,
+}
+TEXT = {"batch_size": 4, "data.source": "files", "data.path": "*.txt", "data.length": 32}
+TEXT |= {"data.eval_fraction": 0.3, "evaluation.batch_size": 5, "evaluation.samples": 0}
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    for i in range(24):
+        (tmp_path / f"{i:02d}.txt").write_text(f"number {i} " + "ab" * (i % 5))
+    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
+
+
+def values(**changes):
+    config = base.get_config("language_model", "rmoe")
+    config.update_from_flattened_dict({**MODEL, **TEXT, **changes})
+    return from_dict(config.to_dict())
+
+
+@pytest.mark.parametrize("layout", ["blocks", "packed"])
+def test_loss_and_its_penalties(text, layout):
+    changes = {"model.balance_coefficient": 0.5, "model.z_coefficient": 0.25}
+    config = values(**{"data.layout": layout}, **changes)
+    task = tasks.build(config)
+    params, extra = task.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, next(task.train_data(0, 1)))
+    keys = jax.random.split(jax.random.key(1), len(batch["ids"]))
+    value, aux = jax.jit(task.loss)(params, extra, batch, keys)
+    model = build_part(RMoEConfig, {**config.model, "vocab_size": 257}, "model")
+    real = batch["segments"] > 0
+    assert real.all() == (layout == "blocks")  # packed rows end in padding here
+    options = {} if layout == "blocks" else {"mask": real, "segment_ids": batch["segments"]}
+    (logits, _), found = RMoELM(model).apply(
+        {"params": params}, batch["ids"], **options, mutable=[STATISTICS]
+    )
+    (sums,) = found[STATISTICS]["layers"]["moe"]["sums"]
+    np.testing.assert_allclose(sums.tokens, real.sum())
+    np.testing.assert_allclose(sums.chosen.sum(axis=1), 2 * real.sum())
+    labels = batch["labels"]
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], 2)
+    ce = -jnp.mean(log_p[..., 0], where=labels != IGNORE)
+    balance, z = losses.balance(sums, "pooled", 2), losses.z_loss(sums)
+    np.testing.assert_allclose(value / aux.weight, ce + 0.5 * balance + 0.25 * z, rtol=1e-5)
+    for name, want in (("balance_loss", balance), ("z_loss", z)):
+        got, weight = aux.metrics[name]
+        np.testing.assert_allclose(got / weight, want, rtol=1e-5)
+    evaluated = jax.jit(task.evaluate)(params, extra, batch, keys)
+    np.testing.assert_allclose(evaluated["loss"][0] / evaluated["loss"][1], ce, rtol=1e-5)
+
+
+def test_every_router_trains(text):
+    """All parameters of the router get a gradient, but for those that are frozen."""
+    for changes, frozen in (
+        ({}, ()),
+        ({"model.router_cell": "lstm", "model.router_residual": 0.5}, ()),
+        ({"model.router_cell": "none", "model.router_head": "xmoe"}, ()),
+        ({"model.router_cell": "none", "model.router_head": "random"}, ("head",)),
+        ({"model.router_cell": "none", "model.router_head": "hyper"}, ("hyper",)),
+        ({"model.router_memory": "none", "model.remat": True}, ("router_hidden",)),
+    ):
+        task = tasks.build(values(**changes))
+        params, extra = task.init(jax.random.key(0))
+        batch = jax.tree.map(jnp.asarray, next(task.train_data(0, 1)))
+        keys = jax.random.split(jax.random.key(1), len(batch["ids"]))
+        gradient = jax.jit(jax.grad(lambda p: task.loss(p, extra, batch, keys)[0]))(params)  # noqa: B023
+        for path, value in jax.tree.leaves_with_path(gradient):
+            name = jax.tree_util.keystr(path)
+            if "router" in name and not ("bias" in name and "hidden" in name):
+                still = any(part in name for part in frozen)
+                assert np.any(np.asarray(value)) != still, (changes, name)
+
+
+def test_weight_decay_spares_vectors_of_stacked_layers(text):
+    config = values(**{"optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.0})
+    task = tasks.build(config)
+    params, _ = task.init(jax.random.key(0))
+    optimizer = make_optimizer(config.optimizer, task.param_axes)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):  # inside of optax
+        update, _ = optimizer.update(nothing, optimizer.init(params), params)
+    for path, value in jax.tree.leaves_with_path(update):
+        name = jax.tree_util.keystr(path)
+        vector = "scale" in name or "bias" in name
+        assert np.any(np.asarray(value)) != vector, name
+
+
+def test_mistakes(text):
+    wrong = base.get_config("word_problem").to_dict()
+    wrong["family"], wrong["model"] = (
+        "rmoe",
+        base.get_config("language_model", "rmoe").model.to_dict(),
+    )
+    with pytest.raises(ConfigError, match="keeps the experts busy"):
+        tasks.build(from_dict(wrong))
+    for changes, message in (
+        ({"model.router_cell": "tree"}, "none, rnn, gru, lstm"),
+        ({"model.experts_per_token": 9}, "between 1 and num_experts"),
+        ({"model.balance_form": "all"}, "pooled, layer_mean, layer_sum"),
+        ({"model.vocab_size": 100}, "smaller than the 257 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.build(values(**changes))
+    assert tasks.build(values()).sample is None
