@@ -1,6 +1,7 @@
 """Notices when a compiled function compiles again, and says what changed."""
 
 import logging
+import threading
 from typing import Any
 
 import jax
@@ -8,11 +9,27 @@ import jax
 logger = logging.getLogger("scanax")
 
 
+class _Compiled(threading.local):
+    count = 0  # programs that this thread has compiled, or read from the compilation cache
+
+
+_compiled = _Compiled()
+
+
+def _listen(event: str, seconds: float, **attributes: Any) -> None:
+    del seconds, attributes
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.count += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
 class CompilationWatch:
     """Calls a jitted function and warns about every compilation after the first.
 
     Attributes:
-      count: compilations so far.
+      count: calls so far that compiled.
     """
 
     def __init__(self, function: Any, name: str):
@@ -21,16 +38,17 @@ class CompilationWatch:
         self.count = 0
 
     def __call__(self, *args: Any) -> Any:
+        before = _compiled.count
         result = self._function(*args)
-        size = self._function._cache_size()
-        if size != self.count:
+        if _compiled.count != before:
+            self.count += 1
             signature = _signature(args)
-            if self.count:
+            if self.count > 1:
                 logger.warning(
                     "%s compiled again (%d times now): %s",
-                    *(self._name, size, _difference(self._signature, signature)),
+                    *(self._name, self.count, _difference(self._signature, signature)),
                 )
-            self.count, self._signature = size, signature
+            self._signature = signature
         return result
 
 
