@@ -7,7 +7,8 @@ code, and which values are valid, stands with the code that reads them:
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
   MLPConfig         models/mlp.py           FormalLanguageConfig  train/tasks/formal_language.py
-  RMoEConfig        models/rmoe/config.py
+  RMoEConfig, RMoESeqConfig
+                    models/rmoe/config.py
   LightNetLMConfig, LightNetGridConfig      ImageConfig         train/data/image_sources.py
                     models/lightnet/config.py  MaskedTextConfig
                                                train/tasks/masked_language_model.py
@@ -154,22 +155,14 @@ def _lightnet_grid() -> dict:
     }
 
 
-def _rmoe() -> dict:
+def _mixture() -> dict:
     return {
         "hidden_size": 64,
         "num_hidden_layers": 4,
         "num_heads": 4,
-        "num_kv_heads": 0,  # of keys and values; 0 = num_heads
-        "rope_theta": 1e4,
-        "num_dense_layers": 0,  # the first layers, without experts
-        "dense_intermediate_size": 0,
         "intermediate_size": 64,  # of an expert
         "num_experts": 8,
         "experts_per_token": 2,
-        "shared_expert_size": 0,  # an expert for all tokens; 0 = none
-        "shared_weight": 0.5,
-        "moe_weight": 0.5,
-        "moe_bias": False,
         "router_cell": "gru",  # gru, rnn, lstm, or none: an ordinary router
         "router_memory": "full",  # full, none (NP) or detach
         "router_projector": True,
@@ -179,21 +172,47 @@ def _rmoe() -> dict:
         "router_residual": 0.0,  # of the logits of the layer before
         "router_residual_detach": False,
         "router_residual_cumulative": False,
-        "router_bias": False,
         "router_normalise": True,  # weights of the chosen experts sum to 1
         "capacity_factor": 0.0,  # 0 = no token is dropped
         "capacity_policy": "score",  # who keeps a place: score or position
-        "balance_form": "pooled",  # pooled, layer_mean or layer_sum
         "balance_coefficient": 0.01,
         "z_coefficient": 0.0,
-        "norm_eps": 1e-6,
-        "initializer_range": 0.02,
+        "router_balance_rate": 0.0,  # of preferences for experts rarely chosen; 0 = none
         "vocab_size": 0,  # 0 = what the data needs
-        "tie_word_embeddings": False,
         "dtype": "float32",
         "param_dtype": "float32",
         "remat": False,
         "implementation": "auto",  # of the experts
+    }
+
+
+def _rmoe() -> dict:
+    return {
+        **_mixture(),
+        "num_kv_heads": 0,  # of keys and values; 0 = num_heads
+        "rope_theta": 1e4,
+        "num_dense_layers": 0,  # the first layers, without experts
+        "dense_intermediate_size": 0,
+        "shared_expert_size": 0,  # an expert for all tokens; 0 = none
+        "shared_weight": 0.5,
+        "moe_weight": 0.5,
+        "moe_bias": False,
+        "router_bias": False,
+        "balance_form": "pooled",  # pooled, layer_mean or layer_sum
+        "norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+    }
+
+
+def _rmoe_seq() -> dict:
+    return {
+        **_mixture(),
+        "span": 128,  # tokens before it that a token sees
+        "dropout": 0.0,
+        "router_bias": True,
+        "balance_form": "layer_sum",  # pooled, layer_mean or layer_sum
+        "norm_eps": 1e-5,
     }
 
 
@@ -296,7 +315,7 @@ _CAUSAL = {"delta_product": _delta_product, "lightnet": lambda: _lightnet_lm(cau
 _MODEL = {
     "word_problem": _CAUSAL,
     "formal_language": _CAUSAL,
-    "language_model": {**_CAUSAL, "rmoe": _rmoe},
+    "language_model": {**_CAUSAL, "rmoe": _rmoe, "rmoe_seq": _rmoe_seq},
     "masked_language_model": {"lightnet": lambda: _lightnet_lm(causal=False)},
     "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid},
 }

@@ -16,8 +16,8 @@ class _Compiled(threading.local):
 _compiled = _Compiled()
 
 
-def _listen(event: str, seconds: float, **attributes: Any) -> None:
-    del seconds, attributes
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled.count += 1
 

@@ -22,7 +22,7 @@ class TrainState:
     Attributes:
       step: int32, batches consumed.
       params, ema: parameters and their average (None without one).
-      extra: the task's non-optimised state.
+      extra: the task's non-optimised state; its "rows" are divided like a batch.
       opt_state: of the optimizer.
       key: PRNG key of the run; noise at a step is ``fold_in(key, step)``.
       skipped: int32, updates skipped so far because something was not finite.
@@ -67,7 +67,8 @@ def shapes(task: Task, config: Config) -> TrainState:
 
 
 def shardings(task: Task, config: Config, mesh: Mesh) -> Any:
-    """A TrainState of shardings: parameters, average and moments alike, the rest replicated."""
+    """A TrainState of shardings: parameters, average and moments alike, rows of ``extra`` like a
+    batch, the rest replicated."""
     state = shapes(task, config)
     params = mesh_lib.param_shardings(mesh, state.params, task.param_axes)
     whole = mesh_lib.replicated(mesh)
@@ -79,5 +80,10 @@ def shardings(task: Task, config: Config, mesh: Mesh) -> Any:
         transform_non_params=lambda _: whole,
     )
     everywhere = jax.tree.map(lambda _: whole, state)
+    batch = mesh_lib.batch_sharding(mesh)
+    extra = {
+        name: jax.tree.map(lambda _, place=batch if name == "rows" else whole: place, tree)
+        for name, tree in state.extra.items()
+    }
     ema = None if state.ema is None else params
-    return dataclasses.replace(everywhere, params=params, ema=ema, opt_state=moments)
+    return dataclasses.replace(everywhere, params=params, ema=ema, extra=extra, opt_state=moments)

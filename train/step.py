@@ -36,6 +36,7 @@ def make_step(
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
         loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
+        extra = task.settle(extra)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         updates = jax.tree.map(lambda d, p: (-rate * d).astype(p.dtype), direction, state.params)
@@ -104,28 +105,44 @@ def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch)
 
     step_key = jax.random.fold_in(state.key, state.step)
 
-    def microbatch(extra, batch, index):
+    def microbatch(extra, rows, batch, index):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, index)  # one per example
-        return value_and_grad(state.params, extra, batch, keys)
+        return value_and_grad(state.params, {**extra, **rows}, batch, keys)
 
     def accumulate(carry, inputs):
         extra, sums = carry
         (loss, aux), grads = microbatch(extra, *inputs)
         new = jax.tree.map(wide, (loss, aux.weight, grads, dict(aux.metrics)))
-        return (aux.extra, jax.tree.map(jnp.add, sums, new)), None
+        extra, rows = _rows_apart(aux.extra)
+        return (extra, jax.tree.map(jnp.add, sums, new)), rows
 
+    extra, rows = _rows_apart(state.extra)
     index = jnp.arange(config.batch_size)
-    parts = microbatches((dict(batch), index), config.microbatches, mesh)
+    parts = microbatches((rows, dict(batch), index), config.microbatches, mesh)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    (loss, aux), grads = jax.eval_shape(microbatch, state.extra, *one)
+    (loss, aux), grads = jax.eval_shape(microbatch, extra, *one)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)),
         (loss, aux.weight, grads, dict(aux.metrics)),
     )
-    (extra, sums), _ = jax.lax.scan(accumulate, (state.extra, zeros), parts)
+    (extra, sums), rows = jax.lax.scan(accumulate, (extra, zeros), parts)
     loss, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    return loss / weight, grads, extra, {name: s / w for name, (s, w) in metrics.items()}
+    metrics = {name: s / w for name, (s, w) in metrics.items()}
+    return loss / weight, grads, {**extra, **_together(rows, mesh)}, metrics
+
+
+def _rows_apart(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of the run, and that of the batch's rows."""
+    rows = {name: tree for name, tree in extra.items() if name == "rows"}
+    return {name: tree for name, tree in extra.items() if name != "rows"}, rows
+
+
+def _together(parts: Any, mesh: Mesh) -> Any:
+    """The inverse of :func:`microbatches`."""
+    whole = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+    sharding = mesh_lib.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(whole(x), sharding), parts)
 
 
 def _average(config: Config, state: TrainState, params):

@@ -57,10 +57,13 @@ class Task:
       batch_spec: name -> shape and dtype of a global training batch.
       eval_spec: the same for an evaluation batch.
       param_axes: pytree like the parameters; leaves are tuples of logical axis names.
-      init: (key) -> (params, extra); extra is checkpointed but not optimised.
+      init: (key) -> (params, extra); extra, a mapping, is checkpointed but not optimised. What
+        lies under its key "rows" are arrays [B, ...] that row b of a batch hands to row b of the
+        next, divided over devices and microbatches as the batch is.
       loss: (params, extra, batch, keys [B]) -> (loss sum, Aux).
       evaluate: (params, extra, batch, keys [B]) -> {name: (sum, weight)}; a sum may be an
         array (a curve).
+      settle: (extra) -> extra, once an update, when all its microbatches are through.
       train_data: (process_index, process_count) -> a checkpointable iterator of this
         process's part of each batch, as numpy arrays.
       eval_data: (index of the batch) -> one global evaluation batch, always the same; None
@@ -83,6 +86,7 @@ class Task:
     evaluate: Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
     train_data: Callable[[int, int], Any]
     eval_data: Callable[[int], Mapping[str, Any] | None]
+    settle: Callable[[Any], Any] = lambda extra: extra
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str] | None = None
     complete: Callable[..., Any] | None = None

@@ -14,10 +14,11 @@ interop.py    published checkpoints
 from . import losses
 from .config import RMoEConfig, RMoESeqConfig
 from .llama import RMoELM, empty_cache
-from .moe import ROUTING, STATISTICS
+from .moe import BALANCE, ROUTING, STATISTICS, settle
 from .seq import RMoESeqLM, empty_seq_cache
 
 __all__ = [
+    "BALANCE",
     "ROUTING",
     "STATISTICS",
     "RMoEConfig",
@@ -27,4 +28,5 @@ __all__ = [
     "empty_cache",
     "empty_seq_cache",
     "losses",
+    "settle",
 ]

@@ -21,6 +21,9 @@ class MoEConfig:
       capacity_policy: who keeps a place: "score" or "position".
       balance_form, balance_coefficient: see ``losses.balance``.
       z_coefficient: on ``losses.z_loss``.
+      router_balance_rate: 0; or an update adds so much to the preference for every expert that
+        was chosen less often than the mean in its layer, and takes it from the others; the
+        preference counts in the choice alone (Wang et al. 2024).
       norm_eps: of all norms.
       dtype, param_dtype: of computation and parameters.
       remat: recompute layers in the backward; the experts that were chosen are kept.
@@ -50,6 +53,7 @@ class MoEConfig:
     balance_form: str
     balance_coefficient: float
     z_coefficient: float
+    router_balance_rate: float
     norm_eps: float
     dtype: str
     param_dtype: str
@@ -64,8 +68,9 @@ class MoEConfig:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size})"
             )
-        if self.capacity_factor < 0:
-            raise ValueError(f"capacity_factor must not be negative, got {self.capacity_factor}")
+        for name in ("capacity_factor", "router_balance_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.balance_form not in losses.FORMS:
             raise ValueError(
                 f"balance_form {self.balance_form!r} must be one of {', '.join(losses.FORMS)}"

@@ -29,6 +29,7 @@ _FREE = {  # do not concern published parameters
     "router_residual_cumulative": False,
     "capacity_policy": "score",
     "z_coefficient": 0.0,
+    "router_balance_rate": 0.0,
     "remat": False,
     "implementation": "auto",
 }

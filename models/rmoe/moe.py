@@ -17,6 +17,8 @@ from .config import MoEConfig, RMoEConfig
 # Collections that a model fills if they are mutable, a value for each layer.
 STATISTICS = "statistics"  # losses.Statistics
 ROUTING = "routing"  # logits [T, E] and index [T, J], for analyses
+# Collection of the state that is not optimised: see ``MoEConfig.router_balance_rate``.
+BALANCE = "balance"
 
 
 class RouterCell(nn.Module):
@@ -58,8 +60,16 @@ class MoE(nn.Module):
         _, specs = router.parameters(c.router, hidden)
         own = _parameters(self, c, specs)
         logits_TE, carry = router.route(c.router, shared, own, x_TD, carry)
-        index_TJ, weight_TJ, score_TJ = router.choose(c.router, logits_TE)
+        bias_E, chosen_E = self._balance() if c.router_balance_rate else (None, None)
+        preference_E = None if bias_E is None else bias_E.value
+        index_TJ, weight_TJ, score_TJ = router.choose(c.router, logits_TE, preference_E)
         found = losses.statistics(router.balanced(c.router, logits_TE), index_TJ, mask_T)
+        if (
+            chosen_E is not None
+            and self.is_mutable_collection(BALANCE)
+            and not self.is_initializing()
+        ):
+            chosen_E.value = chosen_E.value + found.chosen.astype(jnp.float32)
         self.sow(STATISTICS, "sums", found)
         self.sow(ROUTING, "logits", logits_TE)
         self.sow(ROUTING, "index", index_TJ)
@@ -76,6 +86,11 @@ class MoE(nn.Module):
             implementation=None if c.implementation == "auto" else c.implementation,
         )
         return y_TD, carry
+
+    def _balance(self):
+        """Variables: what is added to the experts' probabilities, and how often each was chosen."""
+        zeros = lambda: jnp.zeros(self.config.num_experts, jnp.float32)
+        return self.variable(BALANCE, "bias", zeros), self.variable(BALANCE, "chosen", zeros)
 
     def _experts(self, hidden: int) -> Experts:
         c, number, width = self.config, self.config.num_experts, self.config.intermediate_size
@@ -100,14 +115,39 @@ class MoE(nn.Module):
         return Experts(up, down, None, *biases)
 
 
-def scanned(block: type[nn.Module], c: MoEConfig, layers: int, axes: tuple[int | None, ...]) -> Any:
+def settle(c: MoEConfig, balance: Any) -> Any:
+    """The collection ``BALANCE`` after an update; see ``MoEConfig.router_balance_rate``.
+
+    Experts that were chosen less often than the mean become likelier, the others less likely.
+    """
+
+    def layer(node):
+        if "chosen" not in node:
+            return {name: layer(child) for name, child in node.items()}
+        chosen = node["chosen"]
+        sign = jnp.sign(jnp.mean(chosen, axis=-1, keepdims=True) - chosen)
+        bias = node["bias"] + c.router_balance_rate * sign
+        return {"bias": bias, "chosen": jnp.zeros_like(chosen)}
+
+    return layer(balance)
+
+
+def scanned(
+    block: type[nn.Module],
+    c: MoEConfig,
+    layers: int,
+    axes: tuple[int | None, ...],
+    out_axis: int = 0,
+) -> Any:
     """``block`` as a scan over so many layers; parameters and routing get a first axis of them.
 
     The backward recomputes a layer if the config says so, but does not choose experts again.
 
     Args:
       block: called with a carry and other arguments; returns the carry and an output.
-      axes: of those arguments: 0 for one that differs from layer to layer, None for the others.
+      axes: of those arguments: where layers lie in one that differs from layer to layer, None
+        for the others.
+      out_axis: of the output.
     """
     stack: Any = block
     if c.remat:
@@ -116,9 +156,10 @@ def scanned(block: type[nn.Module], c: MoEConfig, layers: int, axes: tuple[int |
     in_axes: Any = tuple(nn.broadcast if axis is None else axis for axis in axes)
     return nn.scan(
         stack,
-        variable_axes={"params": 0, STATISTICS: 0, ROUTING: 0},
+        variable_axes={"params": 0, STATISTICS: 0, ROUTING: 0, BALANCE: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
+        out_axes=out_axis,
         length=layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -150,15 +150,24 @@ def route(
     return summed_TE, carry._replace(logits=summed_TE if c.residual_cumulative else logits_TE)
 
 
-def choose(c: RouterConfig, logits_TE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def choose(
+    c: RouterConfig, logits_TE: jax.Array, preference_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The J experts with the highest logits: index [T, J] int32, weight [T, J], score [T, J].
 
     The score is the probability among all experts; the weights are the scores, divided by their
     sum if the config says so. Of equal logits the lower index is chosen. A ``jax.checkpoint`` that
     saves the name "router_index" does not choose again in the backward, where rounding could
     choose otherwise.
+
+    Args:
+      preference_E: [E], added to the probabilities for the choice and for nothing else (Wang et
+        al. 2024, "Auxiliary-Loss-Free Load Balancing"); None for none.
     """
-    _, index_TJ = jax.lax.top_k(jax.lax.stop_gradient(logits_TE), c.experts_per_token)
+    ranked_TE = jax.lax.stop_gradient(logits_TE)
+    if preference_E is not None:
+        ranked_TE = jax.nn.softmax(ranked_TE, axis=1) + preference_E.astype(ranked_TE.dtype)[None]
+    _, index_TJ = jax.lax.top_k(ranked_TE, c.experts_per_token)
     index_TJ = checkpoint_name(index_TJ, "router_index")
     chosen_TJ = jnp.take_along_axis(logits_TE, index_TJ, axis=1)
     score_TJ = jnp.exp(chosen_TJ - jax.nn.logsumexp(logits_TE, axis=1, keepdims=True))

@@ -71,10 +71,14 @@ class SeqBlock(nn.Module):
     config: RMoESeqConfig
 
     @nn.compact
-    def __call__(self, carry, memory_BWD, layer, shared, place_KW, keys_B):
+    def __call__(self, carry, memory_BWD, layer, shared, place_KW, keys_B, mask_BT):
         """carry: (x [B, T, D], router's Carry); returns it and the memory after x."""
         c = self.config
         x_BTD, remembered = carry
+        mask_T = None
+        if mask_BT is not None:  # like the zeros before a text
+            x_BTD = jnp.where(mask_BT[..., None], x_BTD, 0)
+            mask_T = mask_BT.reshape(-1)
         (_, tokens, hidden), width = x_BTD.shape, c.span
         keep: Any = lambda shape, what: None
         if keys_B is not None and c.dropout:
@@ -88,7 +92,7 @@ class SeqBlock(nn.Module):
         kept = keep((tokens, c.experts_per_token, c.intermediate_size), 1)
         kept = None if kept is None else kept.reshape(-1, *kept.shape[2:])
         u_TD = u_BTD.reshape(-1, hidden)
-        y_TD, remembered = MoE(c, name="moe")(u_TD, shared, remembered, keep_TJF=kept)
+        y_TD, remembered = MoE(c, name="moe")(u_TD, shared, remembered, mask_T, kept)
         y_BTD, kept = y_TD.reshape(x_BTD.shape), keep((tokens, hidden), 2)
         y_BTD = y_BTD if kept is None else y_BTD * kept.astype(y_BTD.dtype)
         m_BTD = norm("moe_norm")(u_BTD + y_BTD)
@@ -108,6 +112,7 @@ class RMoESeqLM(nn.Module):
         self,
         ids: jax.Array,
         *,
+        mask: jax.Array | None = None,
         cache: jax.Array | None = None,
         keys: jax.Array | None = None,
         last_only: bool = False,
@@ -116,7 +121,8 @@ class RMoESeqLM(nn.Module):
 
         Args:
           ids: [B, T] int tokens.
-          cache: [L, B, W, D] of an earlier call or :func:`empty_seq_cache`; None for the latter.
+          mask: [B, T] bool, True = a token; only places before a text may be False.
+          cache: [B, L, W, D] of an earlier call or :func:`empty_seq_cache`; None for the latter.
           keys: [B] PRNG keys of the rows' dropout; None for none.
           last_only: logits of the last position alone, [B, 1, S].
 
@@ -124,7 +130,7 @@ class RMoESeqLM(nn.Module):
           logits [B, T, S], float32 or better, and the cache after the last token.
         """
         c = self.config
-        memory_LBWD: Any = empty_seq_cache(c, len(ids)) if cache is None else cache
+        memory_BLWD: Any = empty_seq_cache(c, len(ids)) if cache is None else cache
         normal, dtype = nn.initializers.normal(1.0), c.param_dtype
         shape = (c.vocab_size, c.hidden_size)
         embedding_SD = parameter(self, "embeddings", normal, ("vocab", "embed"), shape, dtype)
@@ -134,21 +140,21 @@ class RMoESeqLM(nn.Module):
         x_BTD = embedding_SD[ids].astype(c.dtype)
         carry = (x_BTD, router.start(c.router, ids.size, x_BTD.dtype))
         numbers = jnp.arange(c.num_hidden_layers)
-        axes = (0, 0, None, None, None)
-        stack = scanned(SeqBlock, c, c.num_hidden_layers, axes)(c, name="layers")
+        axes = (1, 0, None, None, None, None)
+        stack = scanned(SeqBlock, c, c.num_hidden_layers, axes, out_axis=1)(c, name="layers")
         place_KW = place_KW.astype(c.dtype)
-        carry, memory_LBWD = stack(carry, memory_LBWD, numbers, shared, place_KW, keys)
+        carry, memory_BLWD = stack(carry, memory_BLWD, numbers, shared, place_KW, keys, mask)
         x_BTD = carry[0][:, -1:] if last_only else carry[0]
         wide, init = accumulation_dtype(x_BTD.dtype), uniform(c.hidden_size)
         axes = ("embed", "vocab")
         head = Dense(c.vocab_size, axes, init, c.dtype, dtype, wide, name="lm_head")
         bias_S = parameter(self, "lm_head_bias", init, ("vocab",), (c.vocab_size,), dtype)
-        return head(x_BTD) + bias_S.astype(wide)[None, None], memory_LBWD
+        return head(x_BTD) + bias_S.astype(wide)[None, None], memory_BLWD
 
 
 def empty_seq_cache(c: RMoESeqConfig, batch: int) -> jax.Array:
-    """The cache before a text: [L, B, W, D] zeros."""
-    return jnp.zeros((c.num_hidden_layers, batch, c.span, c.hidden_size), c.dtype)
+    """The cache before a text: [B, L, W, D] zeros."""
+    return jnp.zeros((batch, c.num_hidden_layers, c.span, c.hidden_size), c.dtype)
 
 
 def _shift(x_BHTW: jax.Array) -> jax.Array:

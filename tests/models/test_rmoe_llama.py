@@ -51,6 +51,7 @@ CONFIG = RMoEConfig(
     balance_form="pooled",
     balance_coefficient=0.01,
     z_coefficient=0.0,
+    router_balance_rate=0.0,
     tie_word_embeddings=False,
     norm_eps=1e-6,
     initializer_range=0.02,

@@ -189,6 +189,26 @@ class Streams:
         return {**batch, "reset": block == 0}
 
 
+def running(ids: np.ndarray, rows: int, length: int, most: int, what: str) -> Batch:
+    """A text cut into ``rows`` long rows, each a whole number of blocks of T tokens.
+
+    Args:
+      ids: [N] tokens.
+      rows: R; what is left of the text behind their blocks is not visited.
+      length: T.
+      most: blocks of a row, at most; 0 for all.
+      what: names the data in messages.
+    """
+    stream = (len(ids) - 1) // rows
+    blocks = min(stream // length, most or stream)
+    if blocks < 1:
+        raise DataError(
+            f"{what} has {len(ids):,} tokens, too few for {rows} streams of rows of {length}"
+            " tokens: lower evaluation.batch_size or data.length, or hold more text out"
+        )
+    return _rows(ids, np.arange(rows) * stream, blocks * length)
+
+
 class Prepared:
     """Rows of T + 1 tokens that ``prepare.py`` wrote, read at random from disk.
 

@@ -141,7 +141,8 @@ class Corpus:
 
         The evaluation text is read too, so that what is wrong with it is said at once.
         """
-        _ = self.eval_source
+        if self.config.layout != "streams":
+            _ = self.eval_source
         seed = None if self.config.layout == "streams" else self.config.seed
         source = self.train_source(batch_size)
         return Batches(source, batch_size, process_index, process_count, seed=seed)
@@ -155,6 +156,11 @@ class Corpus:
 
     def eval_batch(self, size: int, index: int) -> Batch | None:
         return eval_batch(self.eval_source, size, index)
+
+    def eval_streams(self, rows: int, most: int) -> Batch:
+        """The evaluation text as rows that run on, see ``layout.running``."""
+        what = f"evaluation text ({_place(self.config)})"
+        return layout.running(self.eval_tokens, rows, self.config.length, most, what)
 
     @functools.cached_property
     def _tokens(self) -> tuple[Tokens, Tokens]:

@@ -6,7 +6,7 @@ Loss is in nats per token. Bits per byte, sum of bits over UTF-8 bytes of the pr
 tokens, compares models with different tokenizers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models import generation, params as params_lib
-from ..config import Config, build as build_part
+from ..config import Config, ConfigError, build as build_part
 from ..data.pipeline import DataError
 from ..data.text import Corpus, TextConfig
 from ..long_context import measure, write_report
@@ -29,15 +29,16 @@ from .scoring import score
 def build(config: Config) -> Task:
     """The task: a causal language model on the text of ``config.data``."""
     data: TextConfig = build_part(TextConfig, config.data, "data")
-    if data.layout == "streams":
-        raise ValueError(
-            "data.layout=streams is for models that carry a cache from batch to batch; choose"
-            " packed or blocks"
-        )
     corpus = Corpus(data)
     tokenizer = corpus.tokenizer
     packed, vocabulary = data.layout == "packed", f"data.tokenizer {data.tokenizer}"
     lm = causal_lm(config, tokenizer.vocab_size, vocabulary, segments=packed, penalised=True)
+    streams, size = data.layout == "streams", config.evaluation.batch_size
+    if streams and not lm.has_cache:
+        raise ConfigError(
+            f"data.layout=streams is for models that carry a cache from batch to batch, and family"
+            f" {config.family} with this config has none of constant size: choose packed or blocks"
+        )
     module: Any = lm.module
     example = jnp.zeros((1, 2), jnp.int32)
     start = 0 if tokenizer.end is None else tokenizer.end
@@ -47,15 +48,29 @@ def build(config: Config) -> Task:
         bytes_S[: tokenizer.vocab_size] = tokenizer.byte_lengths
 
     def init(key: jax.Array):
-        return params_lib.initialise(module, key, example), {}
+        extra = {name: module.init(key, example)[name] for name in lm.state}
+        if streams:
+            extra["rows"] = lm.empty_cache(config.batch_size)
+        return params_lib.initialise(module, key, example), extra
 
-    def sums(params, batch):
-        """Name -> (sum, weight) over the tokens that have a label, and the penalty per token."""
+    def variables(params, extra):
+        return {"params": params, **{name: extra[name] for name in lm.state}}
+
+    def forward(params, extra, batch, cache=None, keys=None, changed=()):
+        """Name -> (sum, weight) over the tokens that have a label, the penalty per token, and the
+        cache and the collections ``changed`` after the batch."""
         options = {"segment_ids": batch["segments"]} if packed else {}
         if packed and lm.masked:
             options["mask"] = batch["segments"] > 0
-        (logits_BTS, _), filled = module.apply(
-            {"params": params}, batch["ids"], **options, mutable=list(lm.collections)
+        if cache is not None:
+            options["cache"] = cache
+        if lm.noisy:
+            options["keys"] = keys
+        (logits_BTS, cache), filled = module.apply(
+            variables(params, extra),
+            batch["ids"],
+            **options,
+            mutable=[*lm.collections, *changed],
         )
         loss_BT, right_BT, real_BT = score(logits_BTS, batch["labels"])
         loss = jnp.sum(loss_BT)
@@ -69,20 +84,31 @@ def build(config: Config) -> Task:
             if coefficient:
                 found[name] = (tokens * value, tokens)
                 penalty += coefficient * value
-        return found, penalty
+        return found, penalty, cache, {name: filled[name] for name in changed}
 
     def loss(params, extra, batch, keys):
-        del keys  # the model has no noise
-        metrics, penalty = sums(params, batch)
+        cache = _begun(extra["rows"], lm.empty_cache, batch["reset"]) if streams else None
+        metrics, penalty, cache, state = forward(params, extra, batch, cache, keys, lm.state)
         value, weight = metrics.pop("loss")
-        return value + weight * penalty, Aux(weight, extra, metrics)
+        if streams:
+            state["rows"] = jax.lax.stop_gradient(cache)
+        return value + weight * penalty, Aux(weight, {**extra, **state}, metrics)
 
     def evaluate(params, extra, batch, keys):
-        del extra, keys
-        return sums(params, batch)[0]
+        del keys
+        if not streams:
+            return forward(params, extra, batch)[0]
 
-    def apply(params, ids, mask, cache):
-        return module.apply({"params": params}, ids, mask=mask, cache=cache, last_only=True)
+        def block(cache, batch):
+            found, _, cache, _ = forward(params, extra, batch, cache)
+            return cache, found
+
+        cut = lambda x_BN: x_BN.reshape(size, -1, data.length).swapaxes(0, 1)
+        _, found = jax.lax.scan(block, lm.empty_cache(size), jax.tree.map(cut, dict(batch)))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
+
+    def apply(variables, ids, mask, cache):
+        return module.apply(variables, ids, mask=mask, cache=cache, last_only=True)
 
     def complete(
         params,
@@ -96,11 +122,10 @@ def build(config: Config) -> Task:
         stop_at_end: bool = True,
     ) -> generation.Generated:
         """Continues texts; an empty one begins a document."""
-        del extra
         ends = [[tokenizer.end]] if stop_at_end and tokenizer.end is not None else []
         return generation.generate(
             apply,
-            params,
+            variables(params, extra),
             lm.empty_cache,
             [encode(text) if text else np.asarray([start], np.int32) for text in prompts],
             key,
@@ -129,14 +154,13 @@ def build(config: Config) -> Task:
 
     def long_context(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
         """Loss and effective rank over positions, up to 32 times the training length and beyond."""
-        del extra
         length = length or 32 * data.length
         length -= length % data.length
         window = eval_rows(rows or 8, length)
         rows = len(window)
         found = measure(
-            lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache),
-            params,
+            lambda params, ids, cache: module.apply(params, ids, cache=cache),
+            variables(params, extra),
             lm.empty_cache(rows),
             lm.states,
             window,
@@ -176,23 +200,39 @@ def build(config: Config) -> Task:
         parts = [f"--- {i} ---\n{tokenizer.decode(ids)}" for i, ids in enumerate(samples)]
         return "\n".join(parts)
 
-    def spec(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def spec(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         names = ("ids", "labels", "segments", "positions")
-        return {name: jax.ShapeDtypeStruct((rows, data.length), jnp.int32) for name in names}
+        return {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
 
-    size = config.evaluation.batch_size
+    batch_spec, eval_spec = spec(config.batch_size, data.length), spec(size, data.length)
+    eval_data = functools.partial(corpus.eval_batch, size)
+    if streams:
+        batch_spec["reset"] = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool_)
+        whole = corpus.eval_streams(size, config.evaluation.batches)
+        eval_spec = spec(size, whole["ids"].shape[1])
+        eval_data = lambda index: None if index else whole
     return Task(
-        batch_spec=spec(config.batch_size),
-        eval_spec=spec(size),
+        batch_spec=batch_spec,
+        eval_spec=eval_spec,
         param_axes=params_lib.logical_axes(module, example),
         init=init,
         loss=loss,
         evaluate=evaluate,
         train_data=functools.partial(corpus.train_batches, config.batch_size),
-        eval_data=functools.partial(corpus.eval_batch, size),
+        eval_data=eval_data,
+        settle=lm.settle,
         sample=sample if lm.has_cache else None,
         render=render,
         complete=complete if lm.has_cache else None,
         decode=tokenizer.decode,
         analyses=analyses,
     )
+
+
+def _begun(cache: Any, empty: Callable[[int], Any], reset_B: jax.Array) -> Any:
+    """The cache [B, ...] with the rows that begin anew emptied."""
+
+    def pick(new, old):
+        return jnp.where(jnp.expand_dims(reset_B, range(1, old.ndim)), new, old)
+
+    return jax.tree.map(pick, empty(len(reset_B)), cache)

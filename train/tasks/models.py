@@ -23,6 +23,9 @@ class CausalLM(NamedTuple):
       collections: that the module fills in training, for ``penalties``.
       penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
       masked: the module wants to know which tokens are padding.
+      noisy: the module takes ``keys`` [B] of the rows' dropout.
+      state: collections that are not optimised and that the module changes in training.
+      settle: (a run's extra) -> extra, once an update.
     """
 
     config: Any
@@ -33,6 +36,9 @@ class CausalLM(NamedTuple):
     collections: tuple[str, ...] = ()
     penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
     masked: bool = False
+    noisy: bool = False
+    state: tuple[str, ...] = ()
+    settle: Callable[[Any], Any] = lambda extra: extra
 
 
 def choose(config: Config, families: Mapping[str, Any]) -> Any:
@@ -108,6 +114,28 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
     del segments  # always understood
     model = _with_vocabulary(config, rmoe.RMoEConfig, vocab_size, vocabulary)
 
+    def nothing(*args):
+        raise ValueError("keys and values of earlier tokens are no state of constant size")
+
+    module = rmoe.RMoELM(model)
+    return CausalLM(model, module, nothing, False, nothing, **_mixture(model), masked=True)
+
+
+def _rmoe_seq(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
+    model = _with_vocabulary(config, rmoe.RMoESeqConfig, vocab_size, vocabulary)
+    if segments:
+        raise ConfigError(
+            "family rmoe_seq knows no segments, and rows of this data hold several documents:"
+            " choose data.layout streams or blocks"
+        )
+    empty = lambda batch: rmoe.empty_seq_cache(model, batch)
+    module = rmoe.RMoESeqLM(model)
+    return CausalLM(model, module, empty, True, lambda cache: cache, **_mixture(model), noisy=True)
+
+
+def _mixture(model: rmoe.RMoEConfig | rmoe.RMoESeqConfig) -> dict[str, Any]:
+    """What a mixture of experts adds to a ``CausalLM``."""
+
     def penalties(found):
         (sums,) = found[rmoe.STATISTICS]["layers"]["moe"]["sums"]
         balance = rmoe.losses.balance(sums, model.balance_form, model.experts_per_token)
@@ -116,12 +144,14 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
             "z_loss": (model.z_coefficient, rmoe.losses.z_loss(sums)),
         }
 
-    def nothing(*args):
-        raise ValueError("keys and values of earlier tokens are no state of constant size")
-
-    module = rmoe.RMoELM(model)
-    collections = (rmoe.STATISTICS,)
-    return CausalLM(model, module, nothing, False, nothing, collections, penalties, masked=True)
+    found: dict[str, Any] = {"collections": (rmoe.STATISTICS,), "penalties": penalties}
+    if model.router_balance_rate:
+        found["state"] = (rmoe.BALANCE,)
+        found["settle"] = lambda extra: {
+            **extra,
+            rmoe.BALANCE: rmoe.settle(model, extra[rmoe.BALANCE]),
+        }
+    return found
 
 
 def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
@@ -142,5 +172,10 @@ def _with_vocabulary(config: Config, kind: type, vocab_size: int, vocabulary: st
     return model
 
 
-_CAUSAL = {"delta_product": _delta_product, "lightnet": _lightnet, "rmoe": _rmoe}
+_CAUSAL = {
+    "delta_product": _delta_product,
+    "lightnet": _lightnet,
+    "rmoe": _rmoe,
+    "rmoe_seq": _rmoe_seq,
+}
 _MASKED = {"lightnet": _masked_lightnet}

@@ -1,0 +1,139 @@
+"""Text that runs on from batch to batch: models carry their cache, in training and evaluation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.configs import base
+from scanax.models.rmoe import RMoESeqConfig, RMoESeqLM
+from scanax.train import mesh as mesh_lib, state as state_lib, tasks
+from scanax.train.config import ConfigError, build as build_part, from_dict
+from scanax.train.loop import place, put_local
+from scanax.train.step import jit_step, make_step
+
+SEQ = {
+    "model.hidden_size": 16,
+    "model.num_heads": 2,
+    "model.num_hidden_layers": 2,
+    "model.intermediate_size": 12,
+    "model.router_dim": 8,
+    "model.span": 12,
+    "model.balance_coefficient": 0.0,  # of a product of means: not the same in microbatches
+}
+DELTA = {
+    "model.hidden_size": 16,
+    "model.num_heads": 2,
+    "model.head_dim": 4,
+    "model.num_hidden_layers": 1,
+    "model.intermediate_size": 16,
+}
+STREAMS = {
+    "batch_size": 4,
+    "mesh.data": 1,
+    "data.layout": "streams",
+    "data.length": 8,
+    "data.source": "files",
+    "data.path": "a.txt",
+    "data.holdout": "tail",
+    "data.eval_fraction": 0.4,
+    "data.tokenizer": "char",
+    "evaluation.batch_size": 2,
+    "evaluation.batches": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def text(tmp_path, monkeypatch):
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), 200)
+    (tmp_path / "a.txt").write_text("".join(letters))
+    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Inside of optax."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def config(family: str = "rmoe_seq", **changes):
+    values = base.get_config("language_model", family)
+    model = SEQ if family == "rmoe_seq" else DELTA
+    values.update_from_flattened_dict({**STREAMS, **model, **changes})
+    return from_dict(values.to_dict())
+
+
+def train(c, steps: int):
+    """The losses, the batches and the last state of a few steps."""
+    task = tasks.build(c)
+    mesh, shardings = place(task, c)
+    state = jax.jit(lambda: state_lib.create(task, c), out_shardings=shardings)()
+    step = jit_step(make_step(task, c, mesh), shardings, mesh)
+    data, losses, batches = task.train_data(0, 1), [], []
+    for _ in range(steps):
+        batches.append(next(data))
+        state, metrics = step(state, put_local(batches[-1], mesh_lib.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return losses, batches, state
+
+
+def test_rows_run_on_and_begin_anew():
+    """With a rate of 0, losses are those of the model on each stream from its beginning."""
+    c = config(**{"optimizer.learning_rate": 0.0})
+    losses, batches, state = train(c, 5)
+    model = build_part(RMoESeqConfig, {**c.model, "vocab_size": 10}, "model")
+    began = [bool(batch["reset"].all()) for batch in batches]
+    assert began == [True, False, True, False, True]  # 120 tokens: 2 blocks of 8 in each of 4
+    for first in (0, 2):
+        ids, labels = (
+            np.concatenate([b[n] for b in batches[first : first + 2]], axis=1)
+            for n in ("ids", "labels")
+        )
+        logits, _ = RMoESeqLM(model).apply({"params": state.params}, jnp.asarray(ids))
+        log_p = np.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], 2)[..., 0]
+        want = [-log_p[:, :8].mean(), -log_p[:, 8:].mean()]
+        np.testing.assert_allclose(losses[first : first + 2], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["rmoe_seq", "delta_product"])
+def test_same_on_any_mesh_and_accumulation(family):
+    """Each row keeps its own cache, wherever it is computed."""
+    want = train(config(family), 4)
+    for changes in ({"microbatches": 2}, {"mesh.fsdp": 2}):
+        losses, _, state = train(config(family, **changes), 4)
+        np.testing.assert_allclose(losses, want[0], rtol=2e-6)
+        got, rows = (jax.device_get(s.extra["rows"]) for s in (state, want[2]))
+        chex.assert_trees_all_close(got, rows, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_carries_the_cache():
+    c = config()
+    task = tasks.build(c)
+    params, extra = task.init(jax.random.key(0))
+    batch = task.eval_data(0)
+    assert task.eval_data(1) is None and batch is not None
+    assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {
+        n: (x.shape, x.dtype) for n, x in task.eval_spec.items()
+    }
+    assert batch["ids"].shape == (2, 32)  # 79 tokens to predict, in two rows of whole blocks
+    value, weight = task.evaluate(params, extra, jax.tree.map(jnp.asarray, batch), None)["loss"]
+    model = build_part(RMoESeqConfig, {**c.model, "vocab_size": 10}, "model")
+    logits, _ = RMoESeqLM(model).apply({"params": params}, jnp.asarray(batch["ids"]))
+    log_p = np.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], 2)
+    np.testing.assert_allclose(value / weight, -log_p.mean(), rtol=1e-5)
+    (short,) = (t.eval_data(0) for t in [tasks.build(config(**{"evaluation.batches": 3}))])
+    np.testing.assert_array_equal(short["ids"], batch["ids"][:, :24])
+
+
+def test_mistakes():
+    with pytest.raises(ConfigError, match="none of constant size"):
+        rmoe = {n: v for n, v in SEQ.items() if n != "model.span"}
+        values = base.get_config("language_model", "rmoe")
+        values.update_from_flattened_dict({**STREAMS, **rmoe})
+        tasks.build(from_dict(values.to_dict()))
+    with pytest.raises(ConfigError, match="knows no segments"):
+        tasks.build(config(**{"data.layout": "packed"}))
+    with pytest.raises(ValueError, match=r"lower evaluation\.batch_size"):
+        tasks.build(config(**{"evaluation.batch_size": 64}))
