@@ -51,6 +51,8 @@ def get_config(task: str, family: str = "") -> ml_collections.ConfigDict:
                 "decay_mask": "matrices",  # what is decayed: matrices, or all
                 "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
                 "ema_decay": 0.0,  # average of the parameters used for evaluation; 0 = none
+                "freeze": (),  # regular expressions: parameters that stay as they are...
+                "freeze_from": 0,  # ...from this step on
             },
             "evaluation": {
                 "every_steps": 0,  # 0 = at the end only

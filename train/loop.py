@@ -26,6 +26,7 @@ from .checkpoint import CheckpointError, Checkpoints, Restored
 from .compilations import CompilationWatch
 from .config import Config, ConfigError, changes, to_dict
 from .data.pipeline import DataChanged
+from .optimizer import frozen
 from .preemption import Preemption
 from .state import TrainState
 from .step import jit_step, make_step
@@ -153,6 +154,7 @@ def place(
         mesh_lib.check_batch(mesh, config.batch_size, config.microbatches, "batch_size")
         size = config.evaluation.batch_size
         mesh_lib.check_batch(mesh, size, 1, "evaluation.batch_size")
+        frozen(config.optimizer, task.param_axes)
         return mesh, state_lib.shardings(task, config, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -6,6 +6,7 @@ a skipped update does not shift it. Parameter averaging (EMA) is part of the ste
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -34,6 +35,9 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm; 0 turns clipping off.
       ema_decay: of the parameter average (with warm-up: at most (1 + step) / (10 + step));
         0 turns the average off.
+      freeze: regular expressions; parameters in whose path one is found, for example
+        "layers/moe/router_head", are not updated...
+      freeze_from: ...from this step on.
     """
 
     learning_rate: float
@@ -48,6 +52,8 @@ class OptimizerConfig:
     decay_mask: str
     clip_norm: float
     ema_decay: float
+    freeze: tuple[str, ...]
+    freeze_from: int
 
     def __post_init__(self):
         for name, allowed in (("schedule", SCHEDULES), ("decay_mask", DECAY_MASKS)):
@@ -61,7 +67,7 @@ class OptimizerConfig:
             if not 0 <= value < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {value}")
         names = ("learning_rate", "warmup_steps", "decay_steps", "final_fraction", "clip_norm")
-        for name in (*names, "weight_decay"):
+        for name in (*names, "weight_decay", "freeze_from"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"optimizer.{name} must be finite and not negative, got {value}")
@@ -115,6 +121,28 @@ def make_optimizer(config: OptimizerConfig, param_axes: Any) -> optax.GradientTr
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask),
     )
+
+
+def frozen(config: OptimizerConfig, param_axes: Any) -> Any:
+    """A tree like the parameters: whether ``freeze`` names them.
+
+    Raises:
+      ValueError: for what is no regular expression, or is found in no parameter's path.
+    """
+    is_leaf = lambda x: isinstance(x, tuple)
+    paths, tree = jax.tree_util.tree_flatten_with_path(param_axes, is_leaf)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    for pattern in config.freeze:
+        try:
+            if not any(re.search(pattern, name) for name in names):
+                raise ValueError(
+                    f"optimizer.freeze: no parameter has {pattern!r} in its path; there are"
+                    f" {', '.join(names)}"
+                )
+        except re.error as error:
+            raise ValueError(f"optimizer.freeze: {pattern!r} is no regular expression") from error
+    found = [any(re.search(pattern, name) for pattern in config.freeze) for name in names]
+    return jax.tree.unflatten(tree, found)
 
 
 def ema_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import optax
 from ..kernels.dtypes import accumulation_dtype
 from . import mesh as mesh_lib
 from .config import Config
-from .optimizer import ema_rate, make_optimizer, make_schedule
+from .optimizer import ema_rate, frozen, make_optimizer, make_schedule
 from .state import TrainState
 from .task import Task
 
@@ -33,13 +33,16 @@ def make_step(
     """
     optimizer = make_optimizer(config.optimizer, task.param_axes)
     schedule = make_schedule(config.optimizer, config.num_steps)
+    freeze = frozen(config.optimizer, task.param_axes)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
         loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
         extra = task.settle(extra)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
-        updates = jax.tree.map(lambda d, p: (-rate * d).astype(p.dtype), direction, state.params)
+        moving = jnp.where(state.step < config.optimizer.freeze_from, rate, 0.0)
+        move = lambda d, p, f: (-(moving if f else rate) * d).astype(p.dtype)
+        updates = jax.tree.map(move, direction, state.params, freeze)
         params = optax.apply_updates(state.params, updates)
         ema = _average(config, state, params)
 

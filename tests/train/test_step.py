@@ -1,6 +1,7 @@
 """The pure training step: accumulation, meshes, the finite guard, averages, compilation."""
 
 import dataclasses
+import functools
 import logging
 import re
 
@@ -13,7 +14,7 @@ import pytest
 from scanax.configs import base
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.compilations import CompilationWatch
-from scanax.train.config import Config, from_dict
+from scanax.train.config import Config, ConfigError, from_dict
 from scanax.train.loop import place, put_local
 from scanax.train.optimizer import make_schedule
 from scanax.train.step import jit_step, make_step
@@ -212,6 +213,27 @@ def test_weight_decay_spares_vectors():
         jax.tree.map(lambda p: p * (0.95 if p.ndim > 1 else 1.0), start),
         rtol=1e-6,
     )
+
+
+def test_frozen_parameters_stay_from_their_step_on():
+    changes = {"optimizer.freeze": ("lm_head", "layers_0/attn"), "optimizer.weight_decay": 0.5}
+    start = train(config(**changes), 0)[0].params
+    ends = {step: train(config(**changes, **{"optimizer.freeze_from": step}), 3) for step in (0, 3)}
+    for path, before in jax.tree.leaves_with_path(start):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        named = name.startswith(("lm_head", "layers_0/attn"))
+        for step, (state, _) in ends.items():
+            after = functools.reduce(lambda tree, key: tree[key.key], path, state.params)
+            assert np.array_equal(before, after) == (named and step == 0), (name, step)
+
+
+@pytest.mark.parametrize(
+    "pattern, message", [("lm_haed", "no parameter has"), ("(", "no regular expression")]
+)
+def test_wrong_names_to_freeze(pattern, message):
+    c = config(**{"optimizer.freeze": (pattern,)})
+    with pytest.raises(ConfigError, match=message):
+        place(tasks.build(c), c)
 
 
 def test_unknown_logical_axis_is_an_error():
