@@ -291,6 +291,15 @@ def test_unnormalised_weights_are_probabilities():
     np.testing.assert_allclose(score, probability)
 
 
+def test_preferences_count_in_the_choice_alone():
+    c = dataclasses.replace(BASE, experts_per_token=2, num_experts=4)
+    logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]))
+    index, weight, score = router.choose(c, logits, jnp.asarray([0.0, -0.15, 0.0, 0.05]))
+    np.testing.assert_array_equal(index, [[0, 2]])  # of 0.4, 0.15, 0.2, 0.15
+    np.testing.assert_allclose(score, [[0.4, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(weight, [[2 / 3, 1 / 3]], rtol=1e-6)
+
+
 def test_statistics_add_up_and_skip_padding():
     rng = np.random.default_rng(0)
     logits, mask = jnp.asarray(rng.normal(size=(12, 8))), jnp.arange(12) < 9

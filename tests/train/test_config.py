@@ -28,7 +28,7 @@ CONFIGS += ("parity", "modular_arithmetic", "modular_arithmetic_brackets")
 CONFIGS += ("lightnet_digits", "lightnet_mnist", "lightnet_cifar", "lightnet_moving_digits")
 CONFIGS += ("lightnet_lm_embedded", "lightnet_lm_characters", "lightnet_wikitext103")
 CONFIGS += ("lightnet_mlm_embedded", "lightnet_mlm_reviews", "lightnet_mlm_base")
-CONFIGS += ("rmoe_lm_embedded",)
+CONFIGS += ("rmoe_lm_embedded", "rmoe_characters", "rmoe_enwik8", "rmoe_large")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
 ELSEWHERE = ("lightnet_imagenet",)  # without its data there are no classes: tested below
 
@@ -50,7 +50,10 @@ def files(tmp_path, monkeypatch) -> None:
     with zipfile.ZipFile(tmp_path / "movie_reviews" / "movie_reviews.zip", "w") as archive:
         for i in range(30):
             archive.writestr(f"movie_reviews/{i}.txt", f"{i} " + text[:90])
-    for folder in ("runs", "mistral", "bert", "gpt2", "runs/reviews"):
+    (tmp_path / "enwik8").mkdir()
+    for part in ("train", "valid"):
+        (tmp_path / "enwik8" / f"{part}.txt").write_text(text)
+    for folder in ("runs", "mistral", "bert", "gpt2", "runs/reviews", "corpus"):
         tokenizers.train_bpe([text], 260, tmp_path / folder / "tokenizer.json")
     parts = json.loads((tmp_path / "gpt2" / "tokenizer.json").read_text())["model"]
     (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(parts["vocab"]))

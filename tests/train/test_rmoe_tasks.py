@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scanax.configs import base
-from scanax.models.rmoe import STATISTICS, RMoEConfig, RMoELM, losses
+from scanax.models.rmoe import BALANCE, STATISTICS, RMoEConfig, RMoELM, losses
 from scanax.train import tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
 from scanax.train.data.pipeline import IGNORE
@@ -89,6 +89,36 @@ def test_every_router_trains(text):
             if "router" in name and not ("bias" in name and "hidden" in name):
                 still = any(part in name for part in frozen)
                 assert np.any(np.asarray(value)) != still, (changes, name)
+
+
+def test_preferences_follow_the_load(text):
+    """Once an update, from the counts of all its microbatches; and they decide in evaluation."""
+    changes = {"model.router_balance_rate": 0.05, "model.balance_coefficient": 0.0}
+    found = {}
+    for count in (1, 2):
+        task = tasks.build(values(**changes, microbatches=count))
+        params, extra = task.init(jax.random.key(0))
+        batch = jax.tree.map(jnp.asarray, next(task.train_data(0, 1)))
+        keys = jax.random.split(jax.random.key(1), 4)
+        chosen = 0
+        for i in range(count):
+            part = jax.tree.map(lambda x: x[i::count], batch)  # noqa: B023
+            _, aux = jax.jit(task.loss)(params, extra, part, keys[i::count])
+            extra = aux.extra
+        layer = extra[BALANCE]["layers"]["moe"]
+        assert not layer["bias"].any()
+        chosen = np.asarray(layer["chosen"])
+        assert chosen.shape == (3, 8) and (chosen.sum(axis=1) == 4 * 32 * 2).all()
+        extra = task.settle(extra)
+        layer = extra[BALANCE]["layers"]["moe"]
+        np.testing.assert_allclose(layer["bias"], 0.05 * np.sign(32 - chosen), rtol=1e-6)
+        assert not layer["chosen"].any()
+        found[count] = layer["bias"]
+    np.testing.assert_array_equal(found[1], found[2])
+    loss = jax.jit(task.evaluate)(params, extra, batch, keys)["loss"][0]
+    nothing = jax.tree.map(jnp.zeros_like, extra)
+    assert loss != jax.jit(task.evaluate)(params, nothing, batch, keys)["loss"][0]
+    assert not tasks.build(values()).init(jax.random.key(0))[1]
 
 
 def test_weight_decay_spares_vectors_of_stacked_layers(text):
