@@ -46,7 +46,7 @@ def mi_paper(probs) -> np.ndarray:
     tokens. The diagonal is the entropy of the labels. It is not the mutual information of the
     choices: it grows with flatter probabilities, whatever they depend on. See :func:`mi_top1`.
     """
-    layers, tokens, experts = np.shape(probs)
+    layers, tokens = np.shape(probs)[:2]
     own_L, both_LL = np.zeros(layers), np.zeros((layers, layers))
     for start in range(0, tokens, CHUNK):
         chunk = np.asarray(probs[:, start : start + CHUNK], np.float64)
