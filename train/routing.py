@@ -81,7 +81,8 @@ def routing(model: Routed, params: Any, rows: np.ndarray, size: int, folder: pat
     found = figures(model.config, params, seen)
     found |= {"batches": len(batches), "batch_rows": size, "row_tokens": rows.shape[1] - 1}
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
+    dumps = functools.partial(json.dumps, default=lambda array: array.tolist())
+    lines = [f"  {dumps(name)}: {dumps(value)}" for name, value in found.items()]
     (folder / "figures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     routing_plots.draw(found, folder)
     return table(found)
@@ -167,13 +168,16 @@ def figures(c: MoEConfig, params: Any, seen: Seen) -> dict[str, Any]:
     """
     layers, pairs = _layers(c, params, seen), _pairs(c, seen)
     different = ~np.eye(len(seen.probs), dtype=bool)
-    norms = {f"grad_norm_{loss}": parts["all"] for loss, parts in seen.norms.items()}
-    norms |= {f"grad_norm_{n}_recurrent": p.get("recurrent") for n, p in seen.norms.items()}
     numbers = {name: x_L.mean() for name, x_L in layers.items()}
     numbers |= {n: x[different].mean() if different.any() else None for n, x in pairs.items()}
-    edges, counts = _histogram(c, seen)
-    found = {
-        **{n: None if x is None else float(x) for n, x in (numbers | norms).items()},
+    numbers |= {f"grad_norm_{loss}": norms["all"] for loss, norms in seen.norms.items()}
+    numbers |= {f"grad_norm_{n}_recurrent": p.get("recurrent") for n, p in seen.norms.items()}
+    alike = lambda **how: np.stack(
+        [analysis.expert_similarity(m, **how)[1] for m in experts(params)]
+    )
+    edges, tokens = _histogram(c, seen)
+    return {
+        **{name: None if x is None else float(x) for name, x in numbers.items()},
         "drop_capacity_factor": c.capacity_factor or HYPOTHETICAL_CAPACITY,
         "drop_policy": c.capacity_policy,
         "drop_happens": c.capacity_factor > 0,
@@ -182,13 +186,10 @@ def figures(c: MoEConfig, params: Any, seen: Seen) -> dict[str, Any]:
         "layers": layers | {f"grad_norm_{n}": p["layers"] for n, p in seen.norms.items()},
         "pairs": pairs,
         "frequency": analysis.selection_frequency(seen.index, c.num_experts),
-        "entropy_histogram": {"edges": edges, "tokens": counts},
-        "expert_similarity": np.stack([analysis.expert_similarity(m)[1] for m in experts(params)]),
-        "expert_similarity_unnormalised": np.stack(
-            [analysis.expert_similarity(m, normalise=False)[1] for m in experts(params)]
-        ),
+        "entropy_histogram": {"edges": edges, "tokens": tokens},
+        "expert_similarity": alike(),
+        "expert_similarity_unnormalised": alike(normalise=False),
     }
-    return jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, found)
 
 
 def _layers(c: MoEConfig, params: Any, seen: Seen) -> dict[str, np.ndarray]:

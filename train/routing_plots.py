@@ -35,9 +35,11 @@ def _frequency(found: Mapping[str, Any]) -> Figure:
     """How often each expert was chosen, in multiples of an equal share."""
     frequency_LE = np.asarray(found["frequency"])
     layers, experts = frequency_LE.shape
-    figure = Figure(figsize=(2.5 + 0.3 * experts, 1.5 + 0.3 * layers), layout="constrained")
+    size = (2.5 + min(0.3 * experts, 9), 1.5 + 0.3 * layers)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = _heat(axes, frequency_LE * experts, "magma", 0, max(2, experts * frequency_LE.max()))
+    axes.set_aspect("auto")
     axes.set(xlabel="expert", ylabel="layer", title="how often experts are chosen")
     figure.colorbar(image, label="times an equal share")
     return figure
@@ -66,10 +68,11 @@ def _entropy(found: Mapping[str, Any]) -> Figure:
 
 def _information(found: Mapping[str, Any]) -> Figure:
     """Mutual information between layers, the paper's and that of first choices."""
-    titles = {"mi_paper": "mi_paper: the paper's", "mi_top1": "mi_top1: of first choices"}
+    titles = {"mi_paper": "mi_paper", "mi_top1": "mi_top1 (first choices)"}
     layers = len(found["pairs"]["mi_top1"])
     side = max(3.2, 1.2 + 0.25 * layers)
-    figure = Figure(figsize=(2.4 * side, side), layout="constrained")
+    figure = Figure(figsize=(2.3 * side, side), layout="constrained")
+    figure.suptitle("mutual information between layers")
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         between_LL = _without_diagonal(found["pairs"][name])
         image = _heat(axes, between_LL, "viridis", 0, _highest(between_LL))
@@ -84,8 +87,9 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
     last = len(similarity_LEE) - 1
     shown = {layer: _without_diagonal(similarity_LEE[layer]) for layer in (0, last // 2, last)}
     limit = max(_highest(np.abs(x)) for x in shown.values())
-    side = 1.8 + 0.12 * similarity_LEE.shape[1]
-    figure = Figure(figsize=(1 + side * len(shown), side), layout="constrained")
+    side = 1.8 + min(0.12 * similarity_LEE.shape[1], 2.5)
+    figure = Figure(figsize=(1.5 + side * len(shown), 0.6 + side), layout="constrained")
+    figure.suptitle("similarity of experts")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (layer, alike_EE) in zip(panels, shown.items(), strict=True):
         image = _heat(axes, alike_EE, "RdBu_r", -limit, limit)
