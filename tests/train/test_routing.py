@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import command
 import jax
@@ -22,7 +23,7 @@ from scanax.models.rmoe import (
     analysis,
     losses,
 )
-from scanax.train import routing
+from scanax.train import routing, routing_plots
 
 SMALL = {
     "vocab_size": 11,
@@ -38,10 +39,35 @@ SMALL = {
     "dropout": 0.1,
 }
 FILES = ["entropy.png", "figures.json", "frequency.png", "information.png", "similarity.png"]
+CASES = {
+    "full": (RMoEConfig, {"router_residual": 0.5, "remat": True}),
+    "np": (
+        RMoEConfig,
+        {"router_memory": "none", "num_dense_layers": 1, "num_hidden_layers": 4}
+        | {"capacity_factor": 0.5, "capacity_policy": "score"},
+    ),
+    "xmoe": (
+        RMoESeqConfig,
+        {"router_cell": "none", "router_head": "xmoe", "router_bias": True}
+        | {"capacity_factor": 1.25, "capacity_policy": "position"},
+    ),
+}
 
 
-def case(kind=RMoEConfig, **changes):
-    """A model and its parameters, and 5 rows of 13 tokens."""
+class Case(NamedTuple):
+    """A model with 3 layers and 8 experts, measured in batches of 2 rows of 12 tokens."""
+
+    name: str
+    config: RMoEConfig | RMoESeqConfig
+    params: dict
+    seen: routing.Seen
+    found: dict  # figures
+    direct: list  # for each batch: collection of routing; gradient of both losses
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    kind, changes = CASES[request.param]
     values = base.get_config("language_model", "rmoe").model.to_dict() | SMALL | changes
     c = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
     module = (RMoELM if kind is RMoEConfig else RMoESeqLM)(c)
@@ -54,146 +80,132 @@ def case(kind=RMoEConfig, **changes):
         (sums,) = found[STATISTICS]["layers"]["moe"]["sums"]
         return losses.balance(sums, c.balance_form, c.experts_per_token)
 
-    rows = np.random.default_rng(0).integers(0, 11, (5, 13)).astype(np.uint16)
-    params = params_lib.initialise(module, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return routing.Routed(c, apply, balance), params, rows
+    def lm_loss(params, tokens):
+        log_p = jax.nn.log_softmax(apply(params, tokens[:, :-1])[0])
+        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2).mean()
+
+    def balance_loss(params, tokens):
+        return balance(apply(params, tokens[:, :-1])[1])
+
+    @jax.jit
+    def direct(params, tokens):
+        seen = apply(params, tokens[:, :-1])[1][ROUTING]["layers"]["moe"]
+        lm, spread = (jax.grad(f)(params, tokens) for f in (lm_loss, balance_loss))
+        return seen, {"lm": lm, "balance": spread}
+
+    example = jnp.zeros((1, 2), jnp.int32)
+    init = jax.jit(lambda key: params_lib.initialise(module, key, example))
+    params = init(jax.random.key(0))
+    rows = np.random.default_rng(0).integers(0, 11, (4, 13)).astype(np.int32)
+    batches = [rows[:2], rows[2:]]
+    seen = routing.observe(routing.Routed(c, apply, balance), params, batches)
+    found = routing.figures(c, params, seen)
+    return Case(request.param, c, params, seen, found, [direct(params, b) for b in batches])
 
 
-def measure(model, params, rows, folder, size=2):
-    text = routing.routing(model, params, rows, size, folder)
-    assert sorted(path.name for path in folder.iterdir()) == FILES
-    assert all(path.stat().st_size > 2000 for path in folder.glob("*.png"))
-    return text, json.loads((folder / "figures.json").read_text())
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind, changes",
-    [
-        (RMoEConfig, {"router_residual": 0.5}),
-        (RMoEConfig, {"num_dense_layers": 1, "num_hidden_layers": 4}),
-        (RMoESeqConfig, {"router_bias": True, "router_cell": "none"}),
-    ],
-)
-def test_figures_are_those_of_the_sown_logits(tmp_path, kind, changes):
-    model, params, rows = case(kind, **changes)
-    text, found = measure(model, params, rows, tmp_path)
-    assert (found["batches"], found["batch_rows"], found["row_tokens"]) == (2, 2, 12)
-    parts = [model.apply(params, rows[i : i + 2, :-1].astype(np.int32))[1] for i in (0, 2)]
-    moe = [part[ROUTING]["layers"]["moe"] for part in parts]
-    logits = np.concatenate([m["logits"][0] for m in moe], axis=1)
-    index = np.concatenate([m["index"][0] for m in moe], axis=1)
+def test_figures_of_layers(case):
+    """Those of the sown logits, and of the parameters, by analysis.py."""
+    sown = lambda name: np.concatenate([seen[name][0] for seen, _ in case.direct], axis=1)
+    logits, index, found = sown("logits"), sown("index"), case.found
     assert logits.shape == (3, 48, 8) and index.shape == (3, 48, 2)
     probs = softmax(logits.astype(np.float64), axis=-1)
-    close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-    entropy = analysis.entropy(probs)
-    frequency = analysis.selection_frequency(index, 8)
-    layers = {
+    entropy, frequency = analysis.entropy(probs), analysis.selection_frequency(index, 8)
+    close(found["frequency"], frequency)
+    own = {name: np.asarray(x) for name, x in case.params["layers"]["moe"].items()}
+    matrices = [own["up"], own["down"].swapaxes(2, 3)]
+    matrices += [own["gate"]] if case.name != "xmoe" else []
+    alike, plain = (
+        [analysis.expert_similarity([m[i] for m in matrices], normalise) for i in range(3)]
+        for normalise in (True, False)
+    )
+    close(found["expert_similarity"], [matrix for _, matrix in alike])
+    close(found["expert_similarity_unnormalised"], [matrix for _, matrix in plain])
+    gate = own["router_embeddings" if case.name == "xmoe" else "router_head"]
+    for name, values in {
         "entropy": entropy.mean(axis=1),
         "ib": np.median(analysis.inner_balance(probs), axis=1),
         "ob": np.median(analysis.outer_balance(probs, 2), axis=1),
         "highest_frequency": frequency.max(axis=1),
-    }
-    close(found["frequency"], frequency)
-    own = {name: np.asarray(x) for name, x in params["layers"]["moe"].items()}
-    matrices = [own["up"], own["down"].swapaxes(2, 3)]
-    matrices += [own["gate"]] if kind is RMoEConfig else []
-    for name, normalise in (("similarity", True), ("similarity_unnormalised", False)):
-        alike = [analysis.expert_similarity([m[i] for m in matrices], normalise) for i in range(3)]
-        layers[name] = np.asarray([mean for mean, _ in alike])
-        close(found[f"expert_{name}"], [matrix for _, matrix in alike])
-    assert found["gate"] == "head"
-    layers["gate_norm"] = np.linalg.norm(own["router_head"].reshape(3, -1), axis=1)
-    layers["gate_std"] = own["router_head"].std(axis=(1, 2))
-    for name, values in layers.items():
+        "similarity": np.asarray([mean for mean, _ in alike]),
+        "similarity_unnormalised": np.asarray([mean for mean, _ in plain]),
+        "gate_norm": np.linalg.norm(gate.reshape(3, -1), axis=1),
+        "gate_std": gate.std(axis=(1, 2)),
+    }.items():
         close(found["layers"][name], values)
         close(found[name], values.mean())
-    counts = np.asarray(found["entropy_histogram"]["tokens"])
-    edges = np.asarray(found["entropy_histogram"]["edges"])
-    assert edges[0] == 0 and np.isclose(edges[-1], np.log(8)) and (counts.sum(axis=1) == 48).all()
-    assert (counts[:, 30:].sum(axis=1) == (entropy >= edges[30]).sum(axis=1)).all()
-    off = ~np.eye(3, dtype=bool)
-    for name, function, x in (
-        ("mi_paper", analysis.mi_paper, probs),
-        ("mi_top1", lambda top1: analysis.mi_top1(top1, 8), index[..., 0]),
-    ):
-        between = function(x)
-        close(found["pairs"][name], between)
-        close(found[name], between[off].mean())
-        excess = between - function(analysis.shuffled(x))
-        close(found["pairs"][f"{name}_excess"], excess)
-        close(found[f"{name}_excess"], excess[off].mean())
-    lines = text.splitlines()
+    tokens, edges = (found["entropy_histogram"][name] for name in ("tokens", "edges"))
+    assert edges[0] == 0 and np.isclose(edges[-1], np.log(8)) and (tokens.sum(axis=1) == 48).all()
+    for edge in (10, 30):
+        assert (tokens[:, edge:].sum(axis=1) == (entropy >= edges[edge]).sum(axis=1)).all()
+    lines = routing.table(found).splitlines()
     assert lines[1].split()[:2] == ["0", f"{found['layers']['entropy'][0]:.4g}"]
-    assert lines[4].split()[:2] == ["mean", f"{found['entropy']:.4g}"]
+    assert lines[4].split()[:2] == ["mean", f"{entropy.mean():.4g}"]
 
 
-@pytest.mark.parametrize("factor, policy", [(0.0, "score"), (0.5, "score"), (1.25, "position")])
-def test_dropped_are_those_beyond_the_places_of_an_expert(tmp_path, factor, policy):
+def test_information_between_layers(case):
+    different = ~np.eye(3, dtype=bool)
+    for name, function, x in (
+        ("mi_paper", analysis.mi_paper, case.seen.probs),
+        ("mi_top1", lambda top1: analysis.mi_top1(top1, 8), case.seen.index[..., 0]),
+    ):
+        pairs = {name: function(x)}
+        pairs[f"{name}_excess"] = pairs[name] - function(analysis.shuffled(x))
+        for key, matrix in pairs.items():
+            close(case.found["pairs"][key], matrix)
+            close(case.found[key], matrix[different].mean())
+
+
+def test_dropped_are_those_beyond_the_places_of_an_expert(case):
     """In each batch on its own: the rows of two do not share places."""
-    model, params, rows = case(capacity_factor=factor, capacity_policy=policy)
-    text, found = measure(model, params, rows, tmp_path)
-    dropped = np.zeros(3)
-    for start in (0, 2):
-        ids = rows[start : start + 2, :-1].astype(np.int32)
-        (index,) = model.apply(params, ids)[1][ROUTING]["layers"]["moe"]["index"]
-        places = int(np.ceil((factor or 1.0) * 24 * 2 / 8))
-        for layer in range(3):
-            counts = np.bincount(np.asarray(index[layer]).ravel(), minlength=8)
+    factor, dropped = case.config.capacity_factor or 1.0, np.zeros(3)
+    for seen, _ in case.direct:
+        places = int(np.ceil(factor * 24 * 2 / 8))
+        for layer, index in enumerate(np.asarray(seen["index"][0])):
+            counts = np.bincount(index.ravel(), minlength=8)
             dropped[layer] += np.maximum(counts - places, 0).sum()
     assert dropped.min() > 0
-    np.testing.assert_allclose(found["layers"]["drop_ratio"], dropped / 96, rtol=1e-6)
-    np.testing.assert_allclose(found["drop_ratio"], dropped.mean() / 96, rtol=1e-6)
-    assert found["drop_capacity_factor"] == (factor or 1.0) and found["drop_policy"] == policy
-    assert found["drop_happens"] == (factor > 0)
-    assert ("this run does not" in text) == (factor == 0)
+    close(case.found["layers"]["drop_ratio"], dropped / 96)
+    close(case.found["drop_ratio"], dropped.mean() / 96)
+    assert case.found["drop_capacity_factor"] == factor
+    assert case.found["drop_happens"] == (case.name != "full")
+    assert ("this run does not" in routing.table(case.found)) == (case.name == "full")
 
 
-@pytest.mark.parametrize(
-    "changes, recurrent",
-    [
-        ({}, "all"),
-        ({"router_memory": "none"}, "zero"),
-        ({"router_memory": "detach", "num_dense_layers": 1, "remat": True}, "all"),
-        ({"router_cell": "none", "router_head": "random"}, "absent"),
-        ({"router_cell": "none", "router_head": "xmoe"}, "absent"),
-    ],
-)
-def test_gradient_norms(tmp_path, changes, recurrent):
-    model, params, rows = case(**changes)
-    _, found = measure(model, params, rows, tmp_path)
-
-    def lm(params, tokens):
-        log_p = jax.nn.log_softmax(model.apply(params, tokens[:, :-1])[0])
-        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2).mean()
-
-    balance = lambda params, tokens: model.balance(model.apply(params, tokens[:, :-1])[1])
-    for name, loss in (("lm", lm), ("balance", balance)):
-        gradient = jax.jit(jax.grad(loss))
-        squares, layers, matrix = [], [], []
-        for start in (0, 2):
-            g = gradient(params, jnp.asarray(rows[start : start + 2], jnp.int32))
-            own = {n: x for n, x in g["layers"]["moe"].items() if n.startswith("router")}
-            per_layer = sum(np.square(x).reshape(len(x), -1).sum(axis=1) for x in own.values())
-            cell = sum(np.square(x).sum() for x in g.get("router", {}).values())
-            squares.append(per_layer.sum() + cell)
-            layers.append(np.sqrt(per_layer))
-            matrix.append(np.linalg.norm(g["router"]["router_hidden"]) if cell else 0)
-        close = lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-7)
-        close(found[f"grad_norm_{name}"], np.mean(np.sqrt(squares)))
-        close(found["layers"][f"grad_norm_{name}"], np.mean(layers, axis=0))
-        assert (found[f"grad_norm_{name}"] == 0) == (changes.get("router_head") == "random")
-        got = found[f"grad_norm_{name}_recurrent"]
-        if recurrent == "absent":
-            assert got is None
-        else:
-            assert (got == 0) == (recurrent == "zero")
-            close(got, np.mean(matrix))
+@pytest.mark.parametrize("loss", ["lm", "balance"])
+def test_gradient_norms(case, loss):
+    """Means over batches of the norms of the gradients with respect to all parameters."""
+    whole, layers, recurrent = [], [], []
+    for gradient in (gradients[loss] for _, gradients in case.direct):
+        own = {n: x for n, x in gradient["layers"]["moe"].items() if n.startswith("router_")}
+        square_L = sum(np.square(x).reshape(3, -1).sum(axis=1) for x in own.values())
+        cell = gradient.get("router", {})
+        whole.append(np.sqrt(square_L.sum() + sum(np.square(x).sum() for x in cell.values())))
+        layers.append(np.sqrt(square_L))
+        recurrent += [np.linalg.norm(cell["router_hidden"])] if cell else []
+    assert np.mean(whole) > 1e-4
+    close(case.found[f"grad_norm_{loss}"], np.mean(whole))
+    close(case.found["layers"][f"grad_norm_{loss}"], np.mean(layers, axis=0))
+    found = case.found[f"grad_norm_{loss}_recurrent"]
+    if case.name == "xmoe":  # there is no cell
+        assert found is None
+    else:
+        close(found, np.mean(recurrent))
+        assert (found == 0) == (case.name == "np")
 
 
-def test_one_layer_has_no_others(tmp_path):
-    text, found = measure(*case(num_hidden_layers=1), tmp_path, size=9)
-    assert found["mi_top1"] is None and found["mi_paper_excess"] is None and "mi_" not in text
-    assert (found["batches"], found["batch_rows"]) == (1, 5)
+def test_one_layer_has_no_others(case, tmp_path):
+    first = lambda tree: jax.tree.map(lambda x: x[:1], tree)
+    norms = {"all": np.float32(1), "layers": np.ones(1, np.float32)}
+    seen = routing.Seen(*first(tuple(case.seen[:3])), {"lm": norms, "balance": norms})
+    params = {**case.params, "layers": first(case.params["layers"])}
+    found = routing.figures(case.config, params, seen)
+    assert found["mi_top1"] is None and found["mi_paper_excess"] is None
+    assert "mi_" not in routing.table(found)
+    routing_plots.draw(found, tmp_path)
 
 
 def test_from_the_command_line(tmp_path):
