@@ -22,7 +22,7 @@ from scipy.special import softmax
 
 from ..kernels.dtypes import accumulation_dtype
 from ..kernels.expert_mlp import kept
-from ..models.rmoe import ROUTING, analysis, router
+from ..models.rmoe import ROUTING, analysis
 from ..models.rmoe.config import MoEConfig
 from . import routing_plots
 
@@ -36,7 +36,7 @@ class Routed(NamedTuple):
 
     Attributes:
       config: of its experts and routers.
-      apply: (params, ids [R, C]) -> (logits [R, C, S], collections), ``ROUTING`` among them.
+      apply: (params, ids [R, C]) -> (logits [R, C, S], collections), ``rmoe.ROUTING`` among them.
       balance: collections -> the loss that keeps experts busy, without its coefficient.
     """
 
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 def routing(model: Routed, params: Any, rows: np.ndarray, size: int, folder: pathlib.Path) -> str:
-    """Measures a model; writes figures.json and four pictures.
+    """Measures a model; writes figures.json and pictures.
 
     Args:
       model: see there.
@@ -120,8 +120,9 @@ def _observe_batch(model: Routed, params: Any, tokens: jax.Array):
     factor = c.capacity_factor or HYPOTHETICAL_CAPACITY
 
     def keep(logits_TE, index_TJ):
-        score_TJ = router.choose(c.router, logits_TE)[2] if c.capacity_policy == "score" else None
-        return kept(index_TJ, c.num_experts, factor, score_TJ)
+        score_TJ = jnp.take_along_axis(jax.nn.softmax(logits_TE, axis=1), index_TJ, axis=1)
+        by_score = c.capacity_policy == "score"
+        return kept(index_TJ, c.num_experts, factor, score_TJ if by_score else None)
 
     return logits_LTE, index_LTJ, jax.vmap(keep)(logits_LTE, index_LTJ), norms
 
@@ -260,9 +261,9 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [f"{'layer':>5}" + "".join(f"{title:>11}" for title in columns.values())]
     lines += [row(layer, cells) for layer, cells in enumerate(values)]
     lines.append(row("mean", [found[name] for name in columns]))
-    happens = "as in this run" if found["drop_happens"] else "if it dropped; this run does not"
-    factor, policy = found["drop_capacity_factor"], found["drop_policy"]
-    lines.append(f"dropped: at capacity factor {factor:g} by {policy}, {happens}")
+    capacity = f"capacity factor {found['drop_capacity_factor']:g} by {found['drop_policy']}"
+    nothing = "" if found["drop_happens"] else ", if there were one: this run drops nothing"
+    lines.append(f"dropped: at {capacity}{nothing}")
     if found["mi_top1"] is not None:
         for name in ("mi_paper", "mi_top1"):
             information, excess = found[name], found[f"{name}_excess"]

@@ -11,23 +11,20 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 
 def draw(found: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Writes frequency.png, entropy.png, information.png and similarity.png.
+    """Writes frequency.png, entropy.png, similarity.png and, of several layers, information.png.
 
     Args:
       found: of ``routing.figures``.
       folder: where to.
     """
-    for name, picture in (
-        ("frequency", _frequency),
-        ("entropy", _entropy),
-        ("information", _information),
-        ("similarity", _similarity),
-    ):
+    pictures = {"frequency": _frequency, "entropy": _entropy, "similarity": _similarity}
+    if len(found["frequency"]) > 1:
+        pictures["information"] = _information
+    for name, picture in pictures.items():
         picture(found).savefig(folder / f"{name}.png", dpi=120)
 
 
@@ -35,7 +32,7 @@ def _frequency(found: Mapping[str, Any]) -> Figure:
     """How often each expert was chosen, in multiples of an equal share."""
     frequency_LE = np.asarray(found["frequency"])
     layers, experts = frequency_LE.shape
-    size = (2.5 + min(0.3 * experts, 9), 1.5 + 0.3 * layers)
+    size = (2.5 + min(0.3 * experts, 9), 1.8 + 0.3 * layers)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = _heat(axes, frequency_LE * experts, "magma", 0, max(2, experts * frequency_LE.max()))
@@ -61,7 +58,7 @@ def _entropy(found: Mapping[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
     for axes in grid[len(counts_LN) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"entropy of a token's probabilities (nats, at most {edges[-1]:.2f})")
+    figure.supxlabel(f"entropy (nats, at most {edges[-1]:.2f})")
     figure.supylabel("share of the tokens")
     return figure
 
@@ -70,7 +67,7 @@ def _information(found: Mapping[str, Any]) -> Figure:
     """Mutual information between layers, the paper's and that of first choices."""
     titles = {"mi_paper": "mi_paper", "mi_top1": "mi_top1 (first choices)"}
     layers = len(found["pairs"]["mi_top1"])
-    side = max(3.2, 1.2 + 0.25 * layers)
+    side = 1.2 + min(max(2, 0.25 * layers), 5)
     figure = Figure(figsize=(2.3 * side, side), layout="constrained")
     figure.suptitle("mutual information between layers")
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
@@ -103,8 +100,8 @@ def _heat(axes: Axes, matrix: np.ndarray, colours: str, low: float, high: float)
     """A matrix, its rows from above; grey where it is NaN."""
     image = axes.imshow(matrix, cmap=colours, vmin=low, vmax=high)
     axes.set_facecolor("lightgrey")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+    for axis, size in zip((axes.yaxis, axes.xaxis), matrix.shape, strict=True):
+        axis.set_ticks(range(0, size, math.ceil(size / 16)))
     return image
 
 

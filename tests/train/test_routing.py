@@ -172,7 +172,7 @@ def test_dropped_are_those_beyond_the_places_of_an_expert(case):
     close(case.found["drop_ratio"], dropped.mean() / 96)
     assert case.found["drop_capacity_factor"] == factor
     assert case.found["drop_happens"] == (case.name != "full")
-    assert ("this run does not" in routing.table(case.found)) == (case.name == "full")
+    assert ("this run drops nothing" in routing.table(case.found)) == (case.name == "full")
 
 
 @pytest.mark.parametrize("loss", ["lm", "balance"])
@@ -206,6 +206,8 @@ def test_one_layer_has_no_others(case, tmp_path):
     assert found["mi_top1"] is None and found["mi_paper_excess"] is None
     assert "mi_" not in routing.table(found)
     routing_plots.draw(found, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == set(FILES) - {"figures.json", "information.png"}
 
 
 def test_from_the_command_line(tmp_path):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from ...models import delta_product, lightnet, rmoe
 from ..config import Config, ConfigError, build
-from ..routing import Routed
 
 
 class CausalLM(NamedTuple):
@@ -24,7 +23,7 @@ class CausalLM(NamedTuple):
       collections: that the module fills in training, for ``penalties``.
       penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
       masked: the module wants to know which tokens are padding.
-      routed: the model for an analysis of its routers, if it has any.
+      routing: the collection in which the module tells what its routers did, if it has any.
     """
 
     config: Any
@@ -35,7 +34,7 @@ class CausalLM(NamedTuple):
     collections: tuple[str, ...] = ()
     penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
     masked: bool = False
-    routed: Routed | None = None
+    routing: str = ""
 
 
 def choose(config: Config, families: Mapping[str, Any]) -> Any:
@@ -124,19 +123,17 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
 
     module = rmoe.RMoELM(model)
     collections = (rmoe.STATISTICS,)
-    routed = _routed(module, model, penalties)
     return CausalLM(
-        model, module, nothing, False, nothing, collections, penalties, masked=True, routed=routed
+        model,
+        module,
+        nothing,
+        False,
+        nothing,
+        collections,
+        penalties,
+        masked=True,
+        routing=rmoe.ROUTING,
     )
-
-
-def _routed(module: nn.Module, model: Any, penalties: Callable) -> Routed:
-    def apply(params, ids):
-        filled: Any = [rmoe.STATISTICS, rmoe.ROUTING]
-        (logits, _), found = module.apply({"params": params}, ids, mutable=filled)
-        return logits, found
-
-    return Routed(model, apply, lambda found: penalties(found)["balance_loss"][1])
 
 
 def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
