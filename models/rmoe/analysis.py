@@ -7,10 +7,12 @@ tailed: report medians over tokens (Qiu et al. 2024, appendix).
 """
 
 from collections.abc import Sequence
+import itertools
 
 import numpy as np
 
 BINS = np.linspace(0, 1, 100)  # edges between the labels of ``mi_paper``
+CHUNK = 4096  # tokens that ``mi_paper`` compares the experts of at once
 
 
 def entropy(probs) -> np.ndarray:
@@ -44,20 +46,23 @@ def mi_paper(probs) -> np.ndarray:
     tokens. The diagonal is the entropy of the labels. It is not the mutual information of the
     choices: it grows with flatter probabilities, whatever they depend on. See :func:`mi_top1`.
     """
-    labels_LTE = np.digitize(np.asarray(probs, np.float64), BINS)
-    same_LTEE = labels_LTE[..., :, None] == labels_LTE[..., None, :]
-    layers, experts = labels_LTE.shape[0], labels_LTE.shape[-1]
+    layers, tokens = np.shape(probs)[:2]
+    own_L, both_LL = np.zeros(layers), np.zeros((layers, layers))
+    for start in range(0, tokens, CHUNK):
+        chunk = np.asarray(probs[:, start : start + CHUNK], np.float64)
+        labels_LTE = np.digitize(chunk, BINS).astype(np.uint8)
+        same_LTEE = labels_LTE[..., :, None] == labels_LTE[..., None, :]
+        own_L += [_label_entropy(same) for same in same_LTEE]
+        for i, j in itertools.combinations(range(layers), 2):
+            both_LL[i, j] += _label_entropy(same_LTEE[i] & same_LTEE[j])
+    found = np.triu(own_L[:, None] + own_L - both_LL, 1)
+    return (found + found.T + np.diag(own_L)) / tokens
 
-    def label_entropy(same_TEE) -> float:  # -mean log of the share of experts with one's own label
-        return float(np.log(experts) - np.log(same_TEE.sum(axis=-1)).mean())
 
-    own_L = [label_entropy(same) for same in same_LTEE]
-    found = np.empty((layers, layers))
-    for i in range(layers):
-        for j in range(i, layers):
-            both = own_L[i] if i == j else label_entropy(same_LTEE[i] & same_LTEE[j])
-            found[i, j] = found[j, i] = own_L[i] + own_L[j] - both
-    return found
+def _label_entropy(same_TEE) -> float:
+    """Of which experts have the same label: the entropy of the labels, summed over tokens."""
+    count_TE = np.count_nonzero(same_TEE, axis=-1)  # of experts with one's own label
+    return float(count_TE.shape[0] * np.log(count_TE.shape[1]) - np.log(count_TE).mean(1).sum())
 
 
 def mi_top1(top1, experts: int) -> np.ndarray:
@@ -74,6 +79,16 @@ def mi_top1(top1, experts: int) -> np.ndarray:
             joint = joint.reshape(experts, experts)
             found[i, j] = entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint.ravel())
     return found
+
+
+def shuffled(x, seed: int = 0) -> np.ndarray:
+    """[L, T, ...] with the tokens of each layer in an order of its own.
+
+    The information between layers that is left is what :func:`mi_paper` or :func:`mi_top1` find
+    without layers deciding on the same tokens. The diagonals stay as they are.
+    """
+    order = np.random.default_rng(seed)
+    return np.stack([order.permutation(layer) for layer in x])
 
 
 def expert_similarity(matrices: Sequence, normalise: bool = True) -> tuple[float, np.ndarray]:

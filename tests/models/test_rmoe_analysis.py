@@ -63,3 +63,26 @@ def test_similarity_of_equal_and_random_experts():
     np.testing.assert_allclose(analysis.expert_similarity(same)[0], 3)
     other = [rng.normal(size=(16, 600, 5)) for _ in range(3)]
     assert abs(analysis.expert_similarity(other)[0] - 3 / 16) < 0.02
+
+
+def test_information_does_not_depend_on_the_size_of_chunks(monkeypatch):
+    probs = np.random.default_rng(0).dirichlet(np.full(8, 0.3), size=(3, 50))
+    whole = analysis.mi_paper(probs)
+    monkeypatch.setattr(analysis, "CHUNK", 7)
+    np.testing.assert_allclose(analysis.mi_paper(probs), whole, rtol=1e-12)
+    each = np.mean([analysis.mi_paper(probs[:, t : t + 1]) for t in range(50)], axis=0)
+    np.testing.assert_allclose(whole, each, rtol=1e-12)
+
+
+def test_shuffled_tokens_tell_nothing_of_other_layers():
+    """Nothing of choices; of the paper's figure, what sorted probabilities have in common stays."""
+    rng = np.random.default_rng(0)
+    probs = np.repeat(rng.dirichlet(np.full(8, 0.3), size=(1, 4096)), 2, axis=0)
+    top1 = probs.argmax(axis=-1)
+    mixed = analysis.shuffled(top1)
+    np.testing.assert_array_equal(np.sort(mixed), np.sort(top1))
+    found, chance = analysis.mi_top1(top1, 8), analysis.mi_top1(mixed, 8)
+    assert found[0, 1] > 2 and chance[0, 1] < 0.02
+    np.testing.assert_allclose(np.diag(chance), np.diag(found))
+    alike = np.sort(probs)  # the same expert is always the likeliest
+    assert analysis.mi_paper(analysis.shuffled(alike))[0, 1] > 0.3

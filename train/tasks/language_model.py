@@ -20,6 +20,7 @@ from ..config import Config, ConfigError, build as build_part
 from ..data.pipeline import DataError
 from ..data.text import Corpus, TextConfig
 from ..long_context import measure, write_report
+from ..routing import Routed, routing
 from ..saturation import saturation
 from ..task import Aux, Task
 from .models import causal_lm
@@ -190,11 +191,26 @@ def build(config: Config) -> Task:
         window = eval_rows(rows or 8, length or 8 * data.length)[:, :-1].astype(np.int32)
         return saturation(lm.module, params, window, data.length, folder)
 
+    def probe_routers(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
+        """What the routers do, in batches of as many rows as training computes at once."""
+
+        def apply(params, ids):
+            filled = [*lm.collections, lm.routing]
+            (logits, _), found = module.apply(variables(params, extra), ids, mutable=filled)
+            return logits, found
+
+        balance = lambda found: lm.penalties(found)["balance_loss"][1]
+        size = config.batch_size // config.microbatches
+        window = eval_rows(rows or 8 * size, length or data.length)
+        return routing(Routed(lm.config, apply, balance), params, window, size, folder)
+
     analyses = {}
     if lm.has_cache:
         analyses["long_context"] = long_context
     if config.family == "lightnet" and lm.config.mixer == "lightnet":
         analyses["saturation"] = probe_keys
+    if lm.routing:
+        analyses["routing"] = probe_routers
 
     def render(samples: Sequence[np.ndarray]) -> str:
         parts = [f"--- {i} ---\n{tokenizer.decode(ids)}" for i, ids in enumerate(samples)]

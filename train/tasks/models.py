@@ -26,6 +26,7 @@ class CausalLM(NamedTuple):
       noisy: the module takes ``keys`` [B] of the rows' dropout.
       state: collections that are not optimised and that the module changes in training.
       settle: (a run's extra) -> extra, once an update.
+      routing: the collection in which the module tells what its routers did, if it has any.
     """
 
     config: Any
@@ -39,6 +40,7 @@ class CausalLM(NamedTuple):
     noisy: bool = False
     state: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
+    routing: str = ""
 
 
 def choose(config: Config, families: Mapping[str, Any]) -> Any:
@@ -144,7 +146,11 @@ def _mixture(model: rmoe.RMoEConfig | rmoe.RMoESeqConfig) -> dict[str, Any]:
             "z_loss": (model.z_coefficient, rmoe.losses.z_loss(sums)),
         }
 
-    found: dict[str, Any] = {"collections": (rmoe.STATISTICS,), "penalties": penalties}
+    found: dict[str, Any] = {
+        "collections": (rmoe.STATISTICS,),
+        "penalties": penalties,
+        "routing": rmoe.ROUTING,
+    }
     if model.router_balance_rate:
         found["state"] = (rmoe.BALANCE,)
         found["settle"] = lambda extra: {
