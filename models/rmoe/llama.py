@@ -9,6 +9,7 @@ The memory is not part of the residual stream, and begins at zero in every pass:
 carries keys and values, and nothing of the router.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from . import router
-from .attention import Attention, KVCache
+from .attention import Attention, empty_kv
 from .config import RMoEConfig
 from .moe import MoE, RouterCell, scanned
 
@@ -44,6 +45,8 @@ class Block(nn.Module):
             return (x_BTD + mlp(c.dense_intermediate_size, "mlp")(h_BTD), memory), cache
         mask_T = None if mask is None else mask.reshape(-1)
         h_TD = h_BTD.reshape(-1, c.hidden_size)
+        if cache is not None and c.capacity_factor:  # a row must not depend on its neighbours
+            c = dataclasses.replace(c, capacity_factor=0.0, implementation="auto")
         y_TD, memory = MoE(c, name="moe")(h_TD, shared, memory, mask_T)
         y_BTD = y_TD.reshape(x_BTD.shape)
         if c.moe_bias:
@@ -79,9 +82,10 @@ class RMoELM(nn.Module):
 
         Args:
           ids: [B, T] int tokens.
-          mask: [B, T] bool, True = a token.
+          mask: [B, T] bool, True = a token; padding may stand on either side.
           segment_ids: [B, T] int; documents packed in one row. Their positions run on.
-          cache: of :func:`empty_cache` or an earlier call; without mask and segments.
+          cache: of :func:`empty_cache` or an earlier call, to continue after its tokens; without
+            segments. Then no token is dropped, whatever ``capacity_factor`` is.
           last_only: logits of the last position alone, [B, 1, S].
 
         Returns:
@@ -113,8 +117,7 @@ def empty_cache(c: RMoEConfig, batch: int, length: int) -> tuple[Any, Any]:
     """Room for ``length`` tokens: caches of the dense layers and of the others, stacked."""
 
     def stacked(layers: int):
-        shape = (layers, batch, length, c.kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, c.dtype)
-        return KVCache(zeros, zeros, jnp.zeros(layers, jnp.int32)) if layers else None
+        rooms = [empty_kv(c, batch, length) for _ in range(layers)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *rooms) if rooms else None
 
     return stacked(c.num_dense_layers), stacked(c.num_hidden_layers - c.num_dense_layers)

@@ -127,7 +127,7 @@ def build(config: Config) -> Task:
         rows = complete(params, extra, key, [""] * n, max_tokens=data.length, **free).tokens
         return np.stack(rows)
 
-    def long_context(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
+    def long_context(states, params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
         """Loss and effective rank over positions, up to 32 times the training length and beyond."""
         del extra
         length = length or 32 * data.length
@@ -137,8 +137,8 @@ def build(config: Config) -> Task:
         found = measure(
             lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache),
             params,
-            lm.empty_cache(rows),
-            lm.states,
+            lm.empty_cache(rows, length),
+            states,
             window,
             data.length,
         )
@@ -167,8 +167,8 @@ def build(config: Config) -> Task:
         return saturation(lm.module, params, window, data.length, folder)
 
     analyses = {}
-    if lm.has_cache:
-        analyses["long_context"] = long_context
+    if lm.states is not None:
+        analyses["long_context"] = functools.partial(long_context, lm.states)
     if config.family == "lightnet" and lm.config.mixer == "lightnet":
         analyses["saturation"] = probe_keys
 

@@ -17,9 +17,10 @@ class CausalLM(NamedTuple):
     Attributes:
       config: of the model.
       module: (ids [B, T], mask, segment_ids, cache, last_only) -> (logits [B, T, S], cache).
-      empty_cache: batch size -> cache before the first token.
+      empty_cache: (batch size, tokens that it must have room for) -> cache before the first token.
       has_cache: whether there is one; else the model cannot go on from a state.
-      states: cache -> the layers' matrices [layers, B, H, K, V].
+      states: cache -> the layers' matrices [layers, B, H, K, V]; None for models whose cache
+        grows with the tokens.
       collections: that the module fills in training, for ``penalties``.
       penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
       masked: the module wants to know which tokens are padding.
@@ -27,9 +28,9 @@ class CausalLM(NamedTuple):
 
     config: Any
     module: nn.Module
-    empty_cache: Callable[[int], Any]
+    empty_cache: Callable[[int, int], Any]
     has_cache: bool
-    states: Callable[[Any], jax.Array]
+    states: Callable[[Any], jax.Array] | None
     collections: tuple[str, ...] = ()
     penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
     masked: bool = False
@@ -80,7 +81,7 @@ def _delta_product(config: Config, vocab_size: int, vocabulary: str, segments: b
     return CausalLM(
         model,
         delta_product.DeltaProductLM(model),
-        lambda batch: delta_product.empty_cache(model, batch),
+        lambda batch, length: delta_product.empty_cache(model, batch),
         True,
         lambda cache: jnp.stack([layer.state for layer in cache]),
     )
@@ -95,12 +96,13 @@ def _lightnet(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
             f"model.mixer={model.mixer} knows no segments, and rows of this data hold several:"
             " choose a layout with one document per row, or mixer lightnet or softmax"
         )
+    cached = lightnet.has_cache(model)
     return CausalLM(
         model,
         lightnet.LightNetLM(model),
-        lambda batch: lightnet.empty_cache(model, batch),
-        lightnet.has_cache(model),
-        lambda cache: jnp.stack([layer.s for layer in cache.layers]),
+        lambda batch, length: lightnet.empty_cache(model, batch),
+        cached,
+        (lambda cache: jnp.stack([layer.s for layer in cache.layers])) if cached else None,
     )
 
 
@@ -116,12 +118,16 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
             "z_loss": (model.z_coefficient, rmoe.losses.z_loss(sums)),
         }
 
-    def nothing(*args):
-        raise ValueError("keys and values of earlier tokens are no state of constant size")
-
-    module = rmoe.RMoELM(model)
-    collections = (rmoe.STATISTICS,)
-    return CausalLM(model, module, nothing, False, nothing, collections, penalties, masked=True)
+    return CausalLM(
+        model,
+        rmoe.RMoELM(model),
+        lambda batch, length: rmoe.empty_cache(model, batch, length),
+        True,
+        None,
+        (rmoe.STATISTICS,),
+        penalties,
+        masked=True,
+    )
 
 
 def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
