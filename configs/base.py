@@ -159,8 +159,12 @@ def _rmoe() -> dict:
         "hidden_size": 64,
         "num_hidden_layers": 4,
         "num_heads": 4,
-        "num_kv_heads": 0,  # of keys and values; 0 = num_heads
-        "rope_theta": 1e4,
+        "mixer": "attention",  # of tokens: attention, delta_product or lightnet
+        "num_kv_heads": 0,  # attention: of keys and values; 0 = num_heads
+        "rope_theta": 1e4,  # attention
+        "num_householder": 2,  # delta_product
+        "use_forget_gate": False,  # delta_product
+        "use_short_conv": True,  # delta_product
         "num_dense_layers": 0,  # the first layers, without experts
         "dense_intermediate_size": 0,
         "intermediate_size": 64,  # of an expert

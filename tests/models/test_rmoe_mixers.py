@@ -12,7 +12,11 @@ from scanax.models import generation, params as params_lib
 from scanax.models.rmoe import STATISTICS, RMoEConfig, RMoELM, empty_cache
 
 VOCAB = 23
-MIXERS = {"attention": {"num_kv_heads": 2}}
+MIXERS = {
+    "attention": {"num_kv_heads": 2},
+    "delta_product": {"use_forget_gate": True},
+    "lightnet": {},
+}
 PROMPTS = [np.arange(n, dtype=np.int32) * 7 % VOCAB for n in (1, 11, 5)]
 
 
@@ -34,7 +38,7 @@ def config(**changes) -> RMoEConfig:
 def model(request):
     """A module with a dense layer and two with experts, and its parameters."""
     with jax.enable_x64(True):
-        module = RMoELM(config(**MIXERS[request.param]))
+        module = RMoELM(config(mixer=request.param, **MIXERS[request.param]))
         params = params_lib.initialise(module, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
         return module, params
 

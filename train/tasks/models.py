@@ -1,6 +1,7 @@
 """The models that a task can train: one entry per family, built from the config."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -123,7 +124,7 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
         rmoe.RMoELM(model),
         lambda batch, length: rmoe.empty_cache(model, batch, length),
         True,
-        None,
+        None if model.mixer == "attention" else functools.partial(rmoe.states, model),
         (rmoe.STATISTICS,),
         penalties,
         masked=True,
