@@ -191,8 +191,12 @@ def _mixture() -> dict:
 def _rmoe() -> dict:
     return {
         **_mixture(),
-        "num_kv_heads": 0,  # of keys and values; 0 = num_heads
-        "rope_theta": 1e4,
+        "mixer": "attention",  # of tokens: attention, delta_product or lightnet
+        "num_kv_heads": 0,  # attention: of keys and values; 0 = num_heads
+        "rope_theta": 1e4,  # attention
+        "num_householder": 2,  # delta_product
+        "use_forget_gate": False,  # delta_product
+        "use_short_conv": True,  # delta_product
         "num_dense_layers": 0,  # the first layers, without experts
         "dense_intermediate_size": 0,
         "shared_expert_size": 0,  # an expert for all tokens; 0 = none

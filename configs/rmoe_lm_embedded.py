@@ -18,5 +18,4 @@ def get_config():
 
     config.model.hidden_size = 128
     config.model.intermediate_size = 96
-    config.evaluation.samples = 0
     return config

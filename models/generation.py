@@ -76,7 +76,7 @@ class Generated:
 def generate(
     apply: Apply,
     params: Any,
-    empty_cache: Callable[[int], Any],
+    empty_cache: Callable[[int, int], Any],
     prompts: Sequence[np.ndarray],
     key: jax.Array,
     *,
@@ -94,7 +94,8 @@ def generate(
     Args:
       apply: the model, see the module.
       params: its parameters.
-      empty_cache: batch size -> cache before the first token.
+      empty_cache: (batch size, tokens that it must have room for, padding included) -> cache
+        before the first token.
       prompts: per row at least one token, ids in [0, vocab_size).
       key: row i draws from ``fold_in(key, i)``.
       vocab_size: tokens from here on are never drawn (padding of the vocabulary).
@@ -126,7 +127,7 @@ def generate(
         seen_BS = np.zeros((batch, vocab_size), bool)
         np.put_along_axis(seen_BS, np.where(mask_BT, ids_BT, ids_BT[:, -1:]), True, axis=1)
 
-    cache = empty_cache(batch)
+    cache = empty_cache(batch, total + max_tokens)
     first = (params, ids_BT[:, :piece], mask_BT[:, :piece], cache)
     prefill = jax.jit(apply, donate_argnums=3).lower(*first).compile()
     start, logits_B1S = time.perf_counter(), None

@@ -75,7 +75,7 @@ class LightNetLM(nn.Module):
             if segment_ids is not None:
                 options["segment_ids"] = segment_ids
             x_BTD, tpe = positions(c, 1, "tpe")(x_BTD, mask=mask, **options)
-        place_BT, offset = _places(ids.shape, mask, None if cache is None else cache.offset)
+        place_BT, offset = places(ids.shape, mask, None if cache is None else cache.offset)
         layers = []
         for i in range(c.num_hidden_layers):
             layer = None if cache is None else cache.layers[i]
@@ -117,7 +117,7 @@ def empty_cache(c: LightNetLMConfig, batch: int) -> LMCache:
     return LMCache(layers, tpe, jnp.zeros(batch, jnp.int32))
 
 
-def _places(shape: tuple[int, ...], mask, offset_B):
+def places(shape: tuple[int, ...], mask, offset_B):
     """[B or 1, T] number of every token in its row, and the tokens seen after the last one [B]."""
     batch, tokens = shape
     seen_B = jnp.zeros(batch, jnp.int32) if offset_B is None else offset_B

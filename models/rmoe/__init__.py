@@ -4,6 +4,7 @@ router.py     logits from tokens and memory: cells, heads, and the choice of exp
 losses.py     load balance, and the size of logits
 config.py     every switch of the models
 moe.py        router and experts of a layer
+mixer.py      the token mixer of a block: attention, DeltaProduct or LightNet
 attention.py  rotary attention
 llama.py      pre-norm language model: the paper's large ones
 seq.py        post-norm language model: the paper's small ones
@@ -13,7 +14,8 @@ interop.py    published checkpoints
 
 from . import losses
 from .config import RMoEConfig, RMoESeqConfig
-from .llama import RMoELM, empty_cache
+from .llama import RMoELM
+from .mixer import Cache, empty_cache, states
 from .moe import BALANCE, ROUTING, STATISTICS, settle
 from .seq import RMoESeqLM, empty_seq_cache
 
@@ -21,6 +23,7 @@ __all__ = [
     "BALANCE",
     "ROUTING",
     "STATISTICS",
+    "Cache",
     "RMoEConfig",
     "RMoELM",
     "RMoESeqConfig",
@@ -29,4 +32,5 @@ __all__ = [
     "empty_seq_cache",
     "losses",
     "settle",
+    "states",
 ]

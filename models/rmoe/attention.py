@@ -18,13 +18,21 @@ class KVCache(NamedTuple):
     """Keys and values of earlier tokens.
 
     Attributes:
-      k, v: [B, S, G, K], with room for S tokens.
-      length: [] int32, how many there are.
+      k, v: [B, S, G, K], with room for S tokens, padding included.
+      real: [B, S] bool, False where there is padding, or nothing yet.
+      length: [] int32, how many places are taken.
     """
 
     k: jax.Array
     v: jax.Array
+    real: jax.Array
     length: jax.Array
+
+
+def empty_kv(c: RMoEConfig, batch: int, length: int) -> KVCache:
+    """Room for ``length`` tokens of one layer, padding included."""
+    zeros = jnp.zeros((batch, length, c.kv_heads, c.head_dim), c.dtype)
+    return KVCache(zeros, zeros, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
 
 class Attention(nn.Module):
@@ -46,7 +54,11 @@ class Attention(nn.Module):
           x_BTD: tokens.
           mask: [B, T] bool, True = a token; the others are not seen.
           segment_ids: [B, T] int; tokens see their segment alone.
-          cache: of the tokens before; then there is neither mask nor segments.
+          cache: of the tokens before, in every row the same number with its padding; it needs
+            room for these. Then there are no segments.
+
+        Raises:
+          ValueError: for a cache together with segments, or more tokens than a cache has room for.
         """
         c, (batch, tokens, hidden) = self.config, x_BTD.shape
         init = nn.initializers.normal(c.initializer_range)
@@ -61,12 +73,16 @@ class Attention(nn.Module):
         place_T = first + jnp.arange(tokens, dtype=jnp.int32)
         q, k = (rotate(x, place_T, c.rope_theta) for x in (q, k))
         if cache is not None:
-            if mask is not None or segment_ids is not None:
-                raise ValueError("a cache continues rows without mask or segments")
+            if segment_ids is not None:
+                raise ValueError("a cache of keys and values continues rows without segments")
+            if tokens > cache.k.shape[1]:
+                raise ValueError(f"{tokens} tokens in a cache with room for {cache.k.shape[1]}")
             put = jax.lax.dynamic_update_slice_in_dim
+            real = jnp.ones((batch, tokens), bool) if mask is None else mask
             k = put(cache.k, k.astype(cache.k.dtype), first, axis=1)
             v = put(cache.v, v.astype(cache.v.dtype), first, axis=1)
-            cache = KVCache(k, v, first + tokens)
+            mask = put(cache.real, real, first, axis=1)
+            cache = KVCache(k, v, mask, first + tokens)
         seen_S = jnp.arange(k.shape[1], dtype=jnp.int32)
         allowed_BTS = (seen_S[None] <= place_T[:, None])[None]
         if mask is not None:

@@ -1,9 +1,46 @@
 """Configurations of language models with a mixture of experts in every layer."""
 
 import dataclasses
+from typing import Any
 
+from ..delta_product import DeltaProductConfig
+from ..lightnet import LightNetLMConfig
 from . import losses
 from .router import RouterConfig
+
+# Token mixers and the keys that only they have, with the defaults, where others must leave them.
+MIXERS = {
+    "attention": {"num_kv_heads": 0, "rope_theta": 1e4},
+    "delta_product": {"num_householder": 2, "use_forget_gate": False, "use_short_conv": True},
+    "lightnet": {},
+}
+# What the others are here, beyond the keys that the models share: their families' defaults.
+_DELTA_PRODUCT = {
+    "num_v_heads": 0,
+    "expand_v": 1.0,
+    "intermediate_size": 0,
+    "conv_size": 4,
+    "activation": "silu",
+    "use_output_gate": True,
+    "allow_neg_eigval": True,
+    "implementation": "auto",
+}
+_LIGHTNET = {
+    "scale": 0.0,
+    "output_gate": "silu",
+    "gate_low_rank_dim": 16,
+    "elementwise_affine": True,
+    "intermediate_size": 0,
+    "use_short_conv": False,
+    "conv_size": 4,
+    "tpe": "causal",
+    "tpe_share_axes": False,
+    "use_lrpe": True,
+    "theta_type": 0,
+    "learn_theta": False,
+    "causal": True,
+    "implementation": "auto",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +129,15 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RMoEConfig(MoEConfig):
-    """A pre-norm model (RMSNorm, rotary attention, SwiGLU experts): the paper's large models.
+    """A pre-norm model (RMSNorm, token mixer, SwiGLU experts): the paper's large models.
 
     Attributes:
-      num_kv_heads: of keys and values; 0 for num_heads.
-      rope_theta: base of the rotary angles.
+      mixer: "attention", rotary (published), "delta_product" or "lightnet". These two are the
+        layers of their families with heads of hidden_size / num_heads, and where no key here says
+        otherwise with those families' defaults.
+      num_kv_heads: attention: of keys and values; 0 for num_heads.
+      rope_theta: attention: base of the rotary angles.
+      num_householder, use_forget_gate, use_short_conv: delta_product: see ``DeltaProductConfig``.
       num_dense_layers: how many of the layers, the first ones, have a SwiGLU and no experts.
       dense_intermediate_size: its width.
       shared_expert_size: width of a SwiGLU that all tokens go through; 0 for none.
@@ -106,8 +147,12 @@ class RMoEConfig(MoEConfig):
       initializer_range: standard deviation of the initial matrices.
     """
 
+    mixer: str
     num_kv_heads: int
     rope_theta: float
+    num_householder: int
+    use_forget_gate: bool
+    use_short_conv: bool
     num_dense_layers: int
     dense_intermediate_size: int
     shared_expert_size: int
@@ -119,7 +164,8 @@ class RMoEConfig(MoEConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_dim % 2:
+        self._check_mixer()
+        if self.mixer == "attention" and self.head_dim % 2:
             raise ValueError(
                 f"hidden_size / num_heads ({self.head_dim}) must be even: rotary angles turn pairs"
                 " of channels"
@@ -139,6 +185,31 @@ class RMoEConfig(MoEConfig):
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def mixing(self) -> Any:
+        """The mixer's configuration in its own family; None for attention."""
+        own = {
+            "delta_product": (DeltaProductConfig, _DELTA_PRODUCT),
+            "lightnet": (LightNetLMConfig, _LIGHTNET),
+        }
+        if self.mixer not in own:
+            return None
+        kind, fixed = own[self.mixer]
+        names = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
+        return kind(**fixed, **{name: getattr(self, name) for name in names})
+
+    def _check_mixer(self) -> None:
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer {self.mixer!r} must be one of {', '.join(MIXERS)}")
+        for mixer, keys in MIXERS.items():
+            for name, default in keys.items():
+                if mixer != self.mixer and getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is for mixer {mixer}, and means nothing for"
+                        f" {self.mixer}: leave it at {default}"
+                    )
+        _ = self.mixing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Leaf
-from .config import MoEConfig, RMoEConfig, RMoESeqConfig
+from .config import MIXERS, MoEConfig, RMoEConfig, RMoESeqConfig
 
 # What the published models are, in terms of our switches.
 _ROUTER = {
@@ -98,6 +98,8 @@ def llama_config(config: Mapping[str, Any], dtype: str) -> RMoEConfig:
         router_bias=False,
         intermediate_size=size,
         num_kv_heads=config.get("num_key_value_heads") or 0,
+        mixer="attention",
+        **MIXERS["delta_product"],
         balance_form="pooled",
         num_dense_layers=0,
         dense_intermediate_size=0,
@@ -111,7 +113,13 @@ def llama_config(config: Mapping[str, Any], dtype: str) -> RMoEConfig:
 
 def llama_public(c: RMoEConfig) -> dict[str, Any]:
     """The inverse of :func:`llama_config`; a ValueError for what was never published."""
-    fixed = {**_ROUTER, "router_bias": False, "num_dense_layers": 0, "shared_expert_size": 0}
+    fixed = {
+        "mixer": "attention",
+        **_ROUTER,
+        "router_bias": False,
+        "num_dense_layers": 0,
+        "shared_expert_size": 0,
+    }
     _check(c, fixed, ("gru", "none"))
     return {
         **{theirs: getattr(c, ours) for ours, (theirs, _) in LLAMA_KEYS.items()},

@@ -1,24 +1,24 @@
-"""A language model of pre-norm blocks: rotary attention, then experts, under one router memory.
+"""A language model of pre-norm blocks: a token mixer, then experts, under one router memory.
 
 Dimensions: B batch, T tokens, D hidden, S vocabulary size, L layers with experts.
 
-  x = x + attention(RMSNorm(x));  h = RMSNorm(x);  x = x + experts(h), chosen by a router that
+  x = x + mixer(RMSNorm(x));  h = RMSNorm(x);  x = x + experts(h), chosen by a router that
   sees h and what the routers of the layers before remember
 
-The memory is not part of the residual stream, and begins at zero in every pass: decoding
-carries keys and values, and nothing of the router.
+The mixer is rotary attention in the paper's models; RMoE on the layers of the other families is
+this project's own. The router's memory is not part of the residual stream, and begins at zero in
+every pass: decoding carries the mixer's cache, and nothing of the router.
 """
 
-from typing import Any
+import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from . import router
-from .attention import Attention, KVCache
 from .config import RMoEConfig
+from .mixer import Cache, mix, place
 from .moe import MoE, RouterCell, scanned
 
 
@@ -29,13 +29,12 @@ class Block(nn.Module):
     moe: bool
 
     @nn.compact
-    def __call__(self, carry, cache, shared, mask, segment_ids):
+    def __call__(self, carry, cache, shared, mask, segment_ids, place_BT):
         """carry: (x [B, T, D], router's Carry); returns it and the cache."""
         c = self.config
         x_BTD, memory = carry
         norm = lambda name: RMSNorm(c.norm_eps, "embed", c.dtype, c.param_dtype, name=name)
-        attention = Attention(c, name="attn")
-        h_BTD, cache = attention(norm("attn_norm")(x_BTD), mask, segment_ids, cache)
+        h_BTD, cache = mix(c, norm("attn_norm")(x_BTD), place_BT, mask, segment_ids, cache)
         x_BTD = x_BTD + h_BTD
         h_BTD = norm("mlp_norm")(x_BTD)
         init = nn.initializers.normal(c.initializer_range)
@@ -44,6 +43,8 @@ class Block(nn.Module):
             return (x_BTD + mlp(c.dense_intermediate_size, "mlp")(h_BTD), memory), cache
         mask_T = None if mask is None else mask.reshape(-1)
         h_TD = h_BTD.reshape(-1, c.hidden_size)
+        if cache is not None and c.capacity_factor:  # a row must not depend on its neighbours
+            c = dataclasses.replace(c, capacity_factor=0.0, implementation="auto")
         y_TD, memory = MoE(c, name="moe")(h_TD, shared, memory, mask_T)
         y_BTD = y_TD.reshape(x_BTD.shape)
         if c.moe_bias:
@@ -72,16 +73,18 @@ class RMoELM(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         last_only: bool = False,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Logits of the token after every position.
 
         Args:
           ids: [B, T] int tokens.
-          mask: [B, T] bool, True = a token.
+          mask: [B, T] bool, True = a token; padding may stand on either side.
           segment_ids: [B, T] int; documents packed in one row. Their positions run on.
-          cache: of :func:`empty_cache` or an earlier call; without mask and segments.
+          cache: of :func:`empty_cache` or an earlier call, to continue after its tokens; without
+            segments where the mixer is attention. Then no token is dropped, whatever
+            ``capacity_factor`` is.
           last_only: logits of the last position alone, [B, 1, S].
 
         Returns:
@@ -92,29 +95,20 @@ class RMoELM(nn.Module):
         axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
         embedding_SD = parameter(self, "embeddings", init, axes, shape, c.param_dtype)
         x_BTD = embedding_SD[ids].astype(c.dtype)
+        after, place_BT = Cache(None, None, None) if cache is None else cache, None
+        if c.mixer == "lightnet":
+            x_BTD, place_BT, end = place(c, x_BTD, mask, segment_ids, after.places)
+            after = after._replace(places=end)
         shared = RouterCell(c, name="router")() if c.router_cell != "none" else {}
         carry = (x_BTD, router.start(c.router, ids.size, x_BTD.dtype))
-        dense, sparse = (None, None) if cache is None else cache
-        for moe, number, part in (
-            (False, c.num_dense_layers, "dense_layers"),
-            (True, c.num_hidden_layers - c.num_dense_layers, "layers"),
-        ):
+        dense = c.num_dense_layers
+        for part, number in (("dense_layers", dense), ("layers", c.num_hidden_layers - dense)):
             if number:
-                stack = scanned(Block, c, number, (0, None, None, None))(c, moe, name=part)
-                given = sparse if moe else dense
-                carry, given = stack(carry, given, shared, mask, segment_ids)
-                dense, sparse = (dense, given) if moe else (given, sparse)
+                axes, moe = (0, None, None, None, None), part == "layers"
+                stack = scanned(Block, c, number, axes)(c, moe, name=part)
+                given = getattr(after, part)
+                carry, given = stack(carry, given, shared, mask, segment_ids, place_BT)
+                after = after._replace(**{part: given})
         x_BTD = carry[0][:, -1:] if last_only else carry[0]
         logits_BTS = next_token_logits(x_BTD, embedding_SD, c)
-        return logits_BTS, None if cache is None else (dense, sparse)
-
-
-def empty_cache(c: RMoEConfig, batch: int, length: int) -> tuple[Any, Any]:
-    """Room for ``length`` tokens: caches of the dense layers and of the others, stacked."""
-
-    def stacked(layers: int):
-        shape = (layers, batch, length, c.kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, c.dtype)
-        return KVCache(zeros, zeros, jnp.zeros(layers, jnp.int32)) if layers else None
-
-    return stacked(c.num_dense_layers), stacked(c.num_hidden_layers - c.num_dense_layers)
+        return logits_BTS, None if cache is None else after

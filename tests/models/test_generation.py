@@ -53,7 +53,7 @@ def complete(params, prompts=PROMPTS, seed=0, max_tokens=12, stops=(), **samplin
     return generate(
         apply,
         params,
-        functools.partial(empty_cache, CONFIG),
+        lambda batch, length: empty_cache(CONFIG, batch),
         prompts,
         jax.random.key(seed),
         vocab_size=VOCAB,

@@ -24,8 +24,12 @@ CONFIG = RMoEConfig(
     hidden_size=24,
     num_hidden_layers=4,
     num_heads=4,
+    mixer="attention",
     num_kv_heads=0,
     rope_theta=1e4,
+    num_householder=2,
+    use_forget_gate=False,
+    use_short_conv=True,
     num_dense_layers=0,
     dense_intermediate_size=0,
     intermediate_size=20,
@@ -226,4 +230,7 @@ def test_checkpoints_both_ways(golden, check, name):
         checkpoints.from_torch("rmoe_llama", tensors, {**public, "moe_num_layers": 3})
     other = dataclasses.replace(module.config, router_residual=0.5)
     with pytest.raises(ValueError, match="router_residual"):
+        interop.llama_public(other)
+    other = dataclasses.replace(module.config, num_kv_heads=0, mixer="lightnet")
+    with pytest.raises(ValueError, match=r"has model\.mixer='attention'; got 'lightnet'"):
         interop.llama_public(other)

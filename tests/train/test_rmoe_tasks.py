@@ -1,4 +1,4 @@
-"""RMoE on texts: the loss with its penalties, padding, weight decay, and mistakes."""
+"""RMoE on texts: the loss with its penalties, padding, weight decay, sampling, and mistakes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scanax.configs import base
+from scanax.models.generation import Sampling
 from scanax.models.rmoe import BALANCE, STATISTICS, RMoEConfig, RMoELM, losses
 from scanax.train import tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
@@ -151,4 +152,29 @@ def test_mistakes(text):
     ):
         with pytest.raises(ValueError, match=message):
             tasks.build(values(**changes))
-    assert tasks.build(values()).sample is None
+
+
+def test_sampling(text):
+    """From the beginning of a document, and behind prompts of two lengths, each as if alone."""
+    task = tasks.build(values())
+    params, extra = task.init(jax.random.key(0))
+    rows = task.sample(params, extra, jax.random.key(1), 2)
+    assert rows.shape == (2, 32) and (rows >= 0).all() and (rows < 257).all()
+    assert isinstance(task.render(rows), str) and not np.array_equal(*rows)
+    complete = lambda prompts: task.complete(
+        params,
+        extra,
+        jax.random.key(0),
+        prompts,
+        sampling=Sampling(temperature=0.0),
+        max_tokens=5,
+        stop_at_end=False,
+    )
+    found = complete(["number", "ab"])
+    assert found.prompt_tokens == 8 and [len(t) for t in found.tokens] == [5, 5]
+    for prompt, tokens in zip(["number", "ab"], found.tokens, strict=True):
+        np.testing.assert_array_equal(complete([prompt]).tokens[0], tokens)
+
+
+def test_analyses_of_a_state_need_one(text):
+    assert "long_context" not in tasks.build(values()).analyses

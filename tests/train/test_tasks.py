@@ -127,7 +127,6 @@ def test_soft_targets_reach_the_loss():
     "changes, message",
     [
         ({"model.vocab_size": 100}, "smaller than the 257 tokens of data.tokenizer byte"),
-        ({"data.layout": "streams"}, "for models that carry a cache"),
     ],
 )
 def test_text_and_model_that_do_not_fit(changes, message):

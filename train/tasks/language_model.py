@@ -35,11 +35,12 @@ def build(config: Config) -> Task:
     packed, vocabulary = data.layout == "packed", f"data.tokenizer {data.tokenizer}"
     lm = causal_lm(config, tokenizer.vocab_size, vocabulary, segments=packed, penalised=True)
     streams, size = data.layout == "streams", config.evaluation.batch_size
-    if streams and not lm.has_cache:
+    if streams and not lm.carries:
         raise ConfigError(
             f"data.layout=streams is for models that carry a cache from batch to batch, and family"
-            f" {config.family} with this config has none of constant size: choose packed or blocks"
+            f" {config.family} with this config has none that could: choose packed or blocks"
         )
+    first = lambda rows: lm.empty_cache(rows, data.length)  # of streams
     module: Any = lm.module
     example = jnp.zeros((1, 2), jnp.int32)
     start = 0 if tokenizer.end is None else tokenizer.end
@@ -51,7 +52,7 @@ def build(config: Config) -> Task:
     def init(key: jax.Array):
         extra = {name: module.init(key, example)[name] for name in lm.state}
         if streams:
-            extra["rows"] = lm.empty_cache(config.batch_size)
+            extra["rows"] = first(config.batch_size)
         return params_lib.initialise(module, key, example), extra
 
     def variables(params, extra):
@@ -88,7 +89,7 @@ def build(config: Config) -> Task:
         return found, penalty, cache, {name: filled[name] for name in changed}
 
     def loss(params, extra, batch, keys):
-        cache = _begun(extra["rows"], lm.empty_cache, batch["reset"]) if streams else None
+        cache = _begun(extra["rows"], first, batch["reset"]) if streams else None
         metrics, penalty, cache, state = forward(params, extra, batch, cache, keys, lm.state)
         value, weight = metrics.pop("loss")
         if streams:
@@ -105,7 +106,7 @@ def build(config: Config) -> Task:
             return cache, found
 
         cut = lambda x_BN: x_BN.reshape(size, -1, data.length).swapaxes(0, 1)
-        _, found = jax.lax.scan(block, lm.empty_cache(size), jax.tree.map(cut, dict(batch)))
+        _, found = jax.lax.scan(block, first(size), jax.tree.map(cut, dict(batch)))
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
 
     def apply(variables, ids, mask, cache):
@@ -153,7 +154,7 @@ def build(config: Config) -> Task:
         rows = complete(params, extra, key, [""] * n, max_tokens=data.length, **free).tokens
         return np.stack(rows)
 
-    def long_context(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
+    def long_context(states, params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
         """Loss and effective rank over positions, up to 32 times the training length and beyond."""
         length = length or 32 * data.length
         length -= length % data.length
@@ -162,8 +163,8 @@ def build(config: Config) -> Task:
         found = measure(
             lambda params, ids, cache: module.apply(params, ids, cache=cache),
             variables(params, extra),
-            lm.empty_cache(rows),
-            lm.states,
+            lm.empty_cache(rows, length),
+            states,
             window,
             data.length,
         )
@@ -205,8 +206,8 @@ def build(config: Config) -> Task:
         return routing(Routed(lm.config, apply, balance), params, window, size, folder)
 
     analyses = {}
-    if lm.has_cache:
-        analyses["long_context"] = long_context
+    if lm.states is not None:
+        analyses["long_context"] = functools.partial(long_context, lm.states)
     if config.family == "lightnet" and lm.config.mixer == "lightnet":
         analyses["saturation"] = probe_keys
     if lm.routing:

@@ -1,6 +1,7 @@
 """The models that a task can train: one entry per family, built from the config."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,9 +18,11 @@ class CausalLM(NamedTuple):
     Attributes:
       config: of the model.
       module: (ids [B, T], mask, segment_ids, cache, last_only) -> (logits [B, T, S], cache).
-      empty_cache: batch size -> cache before the first token.
+      empty_cache: (batch size, tokens that it must have room for) -> cache before the first token.
       has_cache: whether there is one; else the model cannot go on from a state.
-      states: cache -> the layers' matrices [layers, B, H, K, V].
+      states: cache -> the layers' matrices [layers, B, H, K, V]; None for models that have none.
+      carries: the cache has the same size whatever was read, and rows as the first axis of all
+        its arrays, so that training can hand it from batch to batch.
       collections: that the module fills in training, for ``penalties``.
       penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
       masked: the module wants to know which tokens are padding.
@@ -31,9 +34,10 @@ class CausalLM(NamedTuple):
 
     config: Any
     module: nn.Module
-    empty_cache: Callable[[int], Any]
+    empty_cache: Callable[[int, int], Any]
     has_cache: bool
-    states: Callable[[Any], jax.Array]
+    states: Callable[[Any], jax.Array] | None
+    carries: bool = False
     collections: tuple[str, ...] = ()
     penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
     masked: bool = False
@@ -88,9 +92,10 @@ def _delta_product(config: Config, vocab_size: int, vocabulary: str, segments: b
     return CausalLM(
         model,
         delta_product.DeltaProductLM(model),
-        lambda batch: delta_product.empty_cache(model, batch),
+        lambda batch, length: delta_product.empty_cache(model, batch),
         True,
         lambda cache: jnp.stack([layer.state for layer in cache]),
+        carries=True,
     )
 
 
@@ -103,24 +108,29 @@ def _lightnet(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
             f"model.mixer={model.mixer} knows no segments, and rows of this data hold several:"
             " choose a layout with one document per row, or mixer lightnet or softmax"
         )
+    cached = lightnet.has_cache(model)
     return CausalLM(
         model,
         lightnet.LightNetLM(model),
-        lambda batch: lightnet.empty_cache(model, batch),
-        lightnet.has_cache(model),
-        lambda cache: jnp.stack([layer.s for layer in cache.layers]),
+        lambda batch, length: lightnet.empty_cache(model, batch),
+        cached,
+        (lambda cache: jnp.stack([layer.s for layer in cache.layers])) if cached else None,
+        carries=cached,
     )
 
 
 def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
     del segments  # always understood
     model = _with_vocabulary(config, rmoe.RMoEConfig, vocab_size, vocabulary)
-
-    def nothing(*args):
-        raise ValueError("keys and values of earlier tokens are no state of constant size")
-
-    module = rmoe.RMoELM(model)
-    return CausalLM(model, module, nothing, False, nothing, **_mixture(model), masked=True)
+    return CausalLM(
+        model,
+        rmoe.RMoELM(model),
+        lambda batch, length: rmoe.empty_cache(model, batch, length),
+        True,
+        None if model.mixer == "attention" else functools.partial(rmoe.states, model),
+        masked=True,
+        **_mixture(model),
+    )
 
 
 def _rmoe_seq(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
@@ -130,9 +140,16 @@ def _rmoe_seq(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
             "family rmoe_seq knows no segments, and rows of this data hold several documents:"
             " choose data.layout streams or blocks"
         )
-    empty = lambda batch: rmoe.empty_seq_cache(model, batch)
-    module = rmoe.RMoESeqLM(model)
-    return CausalLM(model, module, empty, True, lambda cache: cache, **_mixture(model), noisy=True)
+    return CausalLM(
+        model,
+        rmoe.RMoESeqLM(model),
+        lambda batch, length: rmoe.empty_seq_cache(model, batch),
+        True,
+        None,
+        carries=True,
+        noisy=True,
+        **_mixture(model),
+    )
 
 
 def _mixture(model: rmoe.RMoEConfig | rmoe.RMoESeqConfig) -> dict[str, Any]:

@@ -1,0 +1,18 @@
+"""The experts of rmoe_lm_embedded.py on DeltaProduct blocks, on bytes of Python's manual.
+
+  python -m scanax.train.main --config configs/rmoe_delta_product_lm_embedded.py \\
+      --workdir runs/rmoe_delta_product
+
+Nothing else differs: model size, experts, router and training. LightNet blocks in the same place:
+--config.model.mixer=lightnet --config.model.use_forget_gate=false
+"""
+
+from scanax.configs import rmoe_lm_embedded
+
+
+def get_config():
+    config = rmoe_lm_embedded.get_config()
+    config.model.mixer = "delta_product"
+    config.model.num_householder = 2
+    config.model.use_forget_gate = True
+    return config
