@@ -35,7 +35,8 @@ def make_step(
     schedule = make_schedule(config.optimizer, config.num_steps)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
-        loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for models that ask for it
+            loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         updates = jax.tree.map(lambda d, p: (-rate * d).astype(p.dtype), direction, state.params)
