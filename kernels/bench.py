@@ -1,9 +1,11 @@
-"""Times the implementations of a scan side by side, in one run.
+"""Times the implementations of an operation side by side, in one run.
 
   python -m scanax.kernels.bench --shapes "4,2048,4,64,64,1;4,2048,4,64,64,2" [--out FILE.json]
   python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
+  python -m scanax.kernels.bench --operation expert_mlp --shapes "2048,352,352,16,2"
 
-A shape is B,T,H,K,V,N for delta_product and B,T,H,K,V for additive_scan. Repetitions of all
+A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan and T,D,F,E,J for expert_mlp
+(experts with ReLU and biases; tokens choose at random). Repetitions of all
 implementations are interleaved, so that a busy machine hurts them alike: quote the ratios, not
 the times. The GEMM floor is the time that the operation's FLOPs would take at the rate of a large
 float32 matrix product of the same run.
@@ -11,7 +13,9 @@ Implementations of other packages run beside ours where they are installed (``pe
 their outputs have been compared with ours.
 FLOPs are those of the definition, per token and head: delta_product has 4 K V for each Householder
 step (read and write of the state) and 4 K V for decay and read, additive_scan 3 K V for decay and
-write and 2 K V for the read; backward counted as twice the forward.
+write and 2 K V for the read; expert_mlp has 4 D F per token and choice; backward counted as twice
+the forward. For expert_mlp, whose implementations differ in it, there is the compiler's count as
+well, and its figure for temporary buffers; of a scan the compiler counts one turn.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -26,16 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import additive_scan, delta_product, peers
+from . import Experts, additive_scan, delta_product, expert_mlp, peers
 from .additive_scan import api as additive_api
 from .delta_product import api as delta_api
 
 OPERATION = flags.DEFINE_enum(
-    "operation", "delta_product", ["delta_product", "additive_scan"], "What is timed."
+    "operation", "delta_product", ["delta_product", "additive_scan", "expert_mlp"], "What is timed."
 )
-SHAPES = flags.DEFINE_string(
-    "shapes", "", "B,T,H,K,V,N; several separated by ';'. Without N for additive_scan."
-)
+SHAPES = flags.DEFINE_string("shapes", "", "Of the operation; several separated by ';'.")
 GATED = flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
 PEERS = flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
@@ -52,17 +54,21 @@ class Operation(NamedTuple):
       dimensions: of a shape.
       shapes: default of --shapes.
       function: (*arguments, implementation) -> (o, state).
-      implementations: their names.
+      implementations: the names of those that this machine runs.
       inputs: (shape, gated) -> arguments.
       flops: shape -> FLOPs of the forward, by the definition.
+      baseline: the implementation that all are compared with.
+      counted: the compiler's count of FLOPs is one of the whole operation.
     """
 
     dimensions: str
     shapes: str
     function: Callable[..., Any]
-    implementations: Collection[str]
+    implementations: Callable[[], Collection[str]]
     inputs: Callable[[Shape, bool], tuple[Any, ...]]
     flops: Callable[[Shape], float]
+    baseline: str = "reference"
+    counted: bool = False
 
 
 def main(argv: list[str]) -> None:
@@ -113,10 +119,12 @@ def benchmark(
     arguments = operation.inputs(shape, gated)
     a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for name in operation.implementations:
+    compiled = {}
+    for name in operation.implementations():
         forward, both = functions(operation, name)
-        calls["forward", name] = lambda f=forward: f(*arguments)
-        calls["forward+backward", name] = lambda f=both: f(*arguments)
+        for what, function in (("forward", forward), ("forward+backward", both)):
+            calls[what, name] = lambda f=function: f(*arguments)
+            compiled[what, name] = function
     ours = np.asarray(functions(operation, "xla")[0](*arguments)[0]) if others else np.zeros(0)
     for name, peer in others.items():
         forward, both = peer(*(None if x is None else np.asarray(x) for x in arguments))
@@ -152,11 +160,23 @@ def benchmark(
                 "gflops": work / 1e9,
                 "gemm_gflops_per_second": rate / 1e9,
                 "over_floor": value / (work / rate),
-                "reference_over_this": median[what, "reference"] / value,
+                "baseline_over_this": median[what, operation.baseline] / value,
                 "peer_over_this": {other: median[what, other] / value for other in others},
             }
         )
+        if operation.counted:
+            rows[-1] |= costs(compiled[what, name], arguments)
     return rows
+
+
+def costs(function: Any, arguments: tuple[Any, ...]) -> dict[str, float]:
+    """What the compiler says of a jitted function."""
+    program = function.lower(*arguments).compile()
+    memory: Any = program.memory_analysis()
+    return {
+        "compiled_gflops": program.cost_analysis()["flops"] / 1e9,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+    }
 
 
 def _delta_inputs(shape: Shape, gated: bool):
@@ -193,12 +213,54 @@ def _additive_flops(shape: Shape) -> float:
     return 5.0 * batch * tokens * heads * key_dim * value_dim
 
 
+def _expert_inputs(shape: Shape, gated: bool):
+    """Random tokens, different experts for each, weights that sum to 1, experts with biases."""
+    del gated
+    tokens, hidden, width, number, choices = shape
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = lambda i, *dims: jax.random.normal(keys[i], dims)
+    scores, index = jax.lax.top_k(normal(0, tokens, number), choices)
+    experts = Experts(
+        normal(1, number, hidden, width) / hidden**0.5,
+        normal(2, number, width, hidden) / width**0.5,
+        None,
+        normal(3, number, width),
+        normal(4, number, hidden),
+    )
+    return normal(5, tokens, hidden), index, jax.nn.softmax(scores), experts
+
+
+def _expert_flops(shape: Shape) -> float:
+    tokens, hidden, width, _, choices = shape
+    return 4.0 * tokens * choices * hidden * width
+
+
+EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {"implementation": "dense"},
+    "ragged": {"implementation": "ragged"},
+    "block 32": {"implementation": "block", "block_size": 32},
+    "block 64": {"implementation": "block", "block_size": 64},
+    "block 128": {"implementation": "block", "block_size": 128},
+    "capacity 1.25": {"implementation": "capacity", "capacity_factor": 1.25},
+    "gmm": {"implementation": "gmm"},
+}
+
+
+def _expert_names() -> list[str]:
+    tpu = jax.default_backend() == "tpu"
+    return [name for name in EXPERT_OPTIONS if tpu or name != "gmm"]
+
+
+def _expert_mlp(*arguments, implementation: str):
+    return expert_mlp(*arguments, **EXPERT_OPTIONS[implementation]), None
+
+
 OPERATIONS = {
     "delta_product": Operation(
         "B,T,H,K,V,N",
         "4,2048,4,64,64,1;4,2048,4,64,64,2",
         delta_product,
-        delta_api.IMPLEMENTATIONS,
+        lambda: delta_api.IMPLEMENTATIONS,
         _delta_inputs,
         _delta_flops,
     ),
@@ -206,15 +268,25 @@ OPERATIONS = {
         "B,T,H,K,V",
         "4,2048,4,64,64",
         additive_scan,
-        additive_api.IMPLEMENTATIONS,
+        lambda: additive_api.IMPLEMENTATIONS,
         _additive_inputs,
         _additive_flops,
+    ),
+    "expert_mlp": Operation(
+        "T,D,F,E,J",
+        "2048,352,352,16,2",
+        _expert_mlp,
+        _expert_names,
+        _expert_inputs,
+        _expert_flops,
+        baseline="ragged",
+        counted=True,
     ),
 }
 
 
 def functions(operation: Operation, implementation: str):
-    """Compiled forward, and compiled gradient of sum(o^2) in every argument."""
+    """Compiled forward, and compiled gradient of sum(o^2) in every argument that is real."""
 
     def forward(*arguments):
         return operation.function(*arguments, implementation=implementation)
@@ -222,7 +294,7 @@ def functions(operation: Operation, implementation: str):
     def loss(arguments):
         return jnp.sum(jnp.square(forward(*arguments)[0]))
 
-    gradient = jax.value_and_grad(loss)
+    gradient = jax.value_and_grad(loss, allow_int=True)
     return jax.jit(forward), jax.jit(lambda *arguments: gradient(arguments))
 
 
@@ -236,21 +308,25 @@ def table(operation: Operation, rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     others = list(rows[0]["peer_over_this"]) if rows else []
     head = [operation.dimensions, "", "implementation", "GFLOP", "ms (fastest)", "over GEMM floor"]
-    head += ["reference / this", *(f"{name} / this" for name in others), "first call s"]
+    head += [f"{name} / this" for name in (operation.baseline, *others)]
+    head += ["compiled / GFLOP", "temporary MB"] if operation.counted else []
+    head += ["first call s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = (
+        cells = [
             ",".join(map(str, row["shape"])) + ("" if row["gated"] else " ungated"),
             row["what"],
             row["implementation"],
             f"{row['gflops']:.2f}",
             f"{row['milliseconds']:.1f} ({row['fastest_milliseconds']:.1f})",
             f"{row['over_floor']:.1f}",
-            f"{row['reference_over_this']:.2f}",
+            f"{row['baseline_over_this']:.2f}",
             *(f"{row['peer_over_this'][name]:.2f}" for name in others),
-            f"{row['compile_seconds']:.1f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+        ]
+        if operation.counted:
+            ratio = row["compiled_gflops"] / row["gflops"]
+            cells += [f"{ratio:.2f}", f"{row['temporary_mb']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['compile_seconds']:.1f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "embed": "fsdp",  # the residual stream's width
@@ -42,7 +42,7 @@ class MeshConfig:
       data: batch, with replicated parameters.
       fsdp: batch, with parameters and optimizer state split.
       tensor: heads, feed-forward width and vocabulary.
-      expert: experts of a mixture.
+      expert: batch, with the experts of a mixture split.
       sequence: tokens of a row.
     """
 
@@ -98,7 +98,7 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int, what: str) -> No
         raise ValueError(
             f"{what} {batch_size} in {microbatches} microbatches gives"
             f" {batch_size // microbatches} examples, which does not divide over the"
-            f" {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}"
+            f" {ways} devices of the mesh axes {', '.join(BATCH_AXES)}"
         )
 
 

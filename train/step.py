@@ -36,7 +36,8 @@ def make_step(
     freeze = frozen(config.optimizer, task.param_axes)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
-        loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for models that ask for it
+            loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
         extra = task.settle(extra)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)

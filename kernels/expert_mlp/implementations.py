@@ -101,7 +101,7 @@ def block(x_TD, index_TJ, weight_TJ, experts: Experts, keep_TJF=None, *, block_s
     where, expert_G = layout_lib.blocks(index_TJ, experts.up.shape[0], block_size)
     x_GCD = layout_lib.dispatch(x_TD, where).reshape(-1, block_size, x_TD.shape[1])
     own = jax.tree.map(lambda w: jnp.take(w, expert_G, axis=0), experts)
-    keep_GCF = _rows_of(keep_TJF, where, (-1, block_size))
+    keep_GCF = rows_of(keep_TJF, where, (-1, block_size))
     y_GCD = grouped(x_GCD, own, keep_GCF)
     return layout_lib.combine(y_GCD.reshape(-1, x_TD.shape[1]), weight_TJ, where)
 
@@ -114,7 +114,7 @@ def capacity(
     number = experts.up.shape[0]
     where = layout_lib.fixed(index_TJ, number, places, score_TJ)
     x_ECD = layout_lib.dispatch(x_TD, where).reshape(number, places, x_TD.shape[1])
-    y_ECD = grouped(x_ECD, experts, _rows_of(keep_TJF, where, (number, places)))
+    y_ECD = grouped(x_ECD, experts, rows_of(keep_TJF, where, (number, places)))
     return layout_lib.combine(y_ECD.reshape(-1, x_TD.shape[1]), weight_TJ, where)
 
 
@@ -151,12 +151,12 @@ def _sorted(x_TD, index_TJ, weight_TJ, experts, keep_TJF, product):
     expert_R = jnp.searchsorted(end_E, jnp.arange(len(x_RD), dtype=end_E.dtype), side="right")
     spread = lambda b: jnp.take(b, expert_R, axis=0, mode="clip")
     matmul = lambda x, w: product(x, w, count_E)
-    y_RD = mlp(x_RD, experts, matmul, spread, _rows_of(keep_TJF, where, (-1,)))
+    y_RD = mlp(x_RD, experts, matmul, spread, rows_of(keep_TJF, where, (-1,)))
     return layout_lib.combine(y_RD, weight_TJ, where)
 
 
-def _rows_of(keep_TJF, where: layout_lib.Layout, shape: tuple[int, ...]):
-    """Factors of the assignments in their rows, or None."""
+def rows_of(keep_TJF, where: layout_lib.Layout, shape: tuple[int, ...]):
+    """Factors [T, J, F] of the assignments in their rows [*shape, F], or None; 0 in empty rows."""
     if keep_TJF is None:
         return None
     flat_NF = keep_TJF.reshape(-1, keep_TJF.shape[-1])

@@ -5,18 +5,20 @@ from one device to another, C places of an expert, D hidden.
 
 Tokens are split over the devices. Each device sorts its own by the device of their expert, an
 all-to-all brings them there, and another one back; the router's state and the residual stream stay
-where they are. Sizes are static, so that rows travel for the worst case:
+where they are. Dropout factors travel with their rows. Sizes are static, so that a device sends,
+receives and computes rows for the worst case:
 
-  with a capacity factor   E C rows of each device, C for its own tokens: what is dropped depends
-                           on the division of the tokens among devices
-  dropless                 P T min(J, E / P) rows
+  with a capacity factor   E C rows, C for its own tokens: what is dropped depends on the division
+                           of the tokens among devices
+  dropless                 P T min(J, E / P) rows, which are as many as all P devices' assignments
+                           if E / P >= J: the experts' memory is divided, their work is not
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from . import api, implementations, layout
 from .implementations import Experts
@@ -28,30 +30,33 @@ def expert_mlp_sharded(
     weight: jax.Array,
     experts: Experts,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axis: str = "expert",
     batch_axes: Sequence[str] = ("data", "fsdp"),
     capacity_factor: float | None = None,
     policy: str = "score",
     score: jax.Array | None = None,
     mask: jax.Array | None = None,
+    keep: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """:func:`expert_mlp` on a mesh whose ``axis`` divides the experts.
 
     Args:
-      x, index, weight, experts, score, mask: of all devices together; see there.
+      x, index, weight, experts, score, mask, keep: of all devices together; see there.
       mesh: of the devices.
       axis: of the mesh, along which experts are divided, and tokens as well.
       batch_axes: of the mesh, along which tokens are divided before.
       capacity_factor, policy: see there; a device drops by its own tokens.
-      implementation: of the experts on the rows that arrive; dropless ones for no capacity factor.
+      implementation: of the experts on the rows that arrive: "capacity" with a capacity factor, a
+        dropless one without; None chooses for the platform.
 
     Returns:
       y [T, D], divided like the tokens.
 
     Raises:
-      ValueError: if the mesh divides the tokens or the experts into unequal parts.
+      ValueError: if the mesh divides the tokens or the experts into unequal parts; for shapes that
+        do not fit, or an implementation that cannot do this.
     """
     devices, number = mesh.shape[axis], experts.up.shape[0]
     token_axes = (*batch_axes, axis)
@@ -64,58 +69,81 @@ def expert_mlp_sharded(
                 f"expert_mlp: {size} {what} do not divide among {among} devices of the mesh"
                 f" {dict(mesh.shape)}"
             )
-    api.check(x, index, weight, experts, score, mask, None, policy)
+    api.check(x, index, weight, experts, score, mask, keep, policy)
+    if capacity_factor is not None and implementation not in (None, "capacity"):
+        raise ValueError(
+            f"expert_mlp: {implementation!r} drops no token; leave capacity_factor or it out"
+        )
     index = index.astype(jnp.int32)
     if mask is not None:
         index = jnp.where(mask[:, None], index, number)
     score = jax.lax.stop_gradient(weight if score is None else score)
     tokens = PartitionSpec(token_axes)
 
-    def local(x_TD, index_TJ, weight_TJ, score_TJ, mine: Experts):
+    def local(x_TD, index_TJ, weight_TJ, score_TJ, keep_TJF, mine: Experts):
         if capacity_factor is None:
-            return _dropless(x_TD, index_TJ, weight_TJ, mine, axis, devices, implementation)
+            assignments = (x_TD, index_TJ, weight_TJ, keep_TJF)
+            return _dropless(*assignments, mine, axis, devices, implementation)
         here, choices = index_TJ.shape
         places = api.capacity(here, choices, number, capacity_factor)
         score_TJ = None if policy == "position" else score_TJ
         where = layout.fixed(index_TJ, number, places, score_TJ)
-        return _fixed(x_TD, weight_TJ, mine, where, axis, devices, places)
+        return _fixed(x_TD, weight_TJ, keep_TJF, mine, where, axis, devices, places)
 
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, tokens, PartitionSpec(axis)),
+        in_specs=(tokens,) * 5 + (PartitionSpec(axis),),
         out_specs=tokens,
         check_vma=False,
     )
-    return run(x, index, weight, score, jax.tree.map(lambda w: w.astype(x.dtype), experts))
+    experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)
+    return run(x, index, weight, score, keep, experts)
 
 
-def _fixed(x_TD, weight_TJ, mine: Experts, where, axis: str, devices: int, places: int):
+def _fixed(x_TD, weight_TJ, keep_TJF, mine: Experts, where, axis: str, devices: int, places: int):
     """As many rows for each expert from each device."""
     own, hidden = mine.up.shape[0], x_TD.shape[1]
-    rows = layout.dispatch(x_TD, where).reshape(devices, own, places, hidden)
-    rows = jax.lax.all_to_all(rows, axis, 0, 0)  # [from, own, C, D]
-    rows = rows.swapaxes(0, 1).reshape(own, devices * places, hidden)
-    rows = implementations.grouped(rows, mine).reshape(own, devices, places, hidden)
+
+    def to_experts(rows):
+        rows = rows.reshape(devices, own, places, rows.shape[-1])
+        rows = jax.lax.all_to_all(rows, axis, 0, 0).swapaxes(0, 1)  # [own, from, C, width]
+        return rows.reshape(own, devices * places, rows.shape[-1])
+
+    rows = to_experts(layout.dispatch(x_TD, where))
+    keep = implementations.rows_of(keep_TJF, where, (-1,))
+    keep = None if keep is None else to_experts(keep.astype(rows.dtype))
+    rows = implementations.grouped(rows, mine, keep).reshape(own, devices, places, hidden)
     rows = jax.lax.all_to_all(rows.swapaxes(0, 1), axis, 0, 0)
     return layout.combine(rows.reshape(-1, hidden), weight_TJ, where)
 
 
-def _dropless(x_TD, index_TJ, weight_TJ, mine: Experts, axis: str, devices: int, implementation):
+def _dropless(
+    x_TD, index_TJ, weight_TJ, keep_TJF, mine: Experts, axis: str, devices: int, implementation
+):
     """As many rows to each device as could be chosen."""
     own, hidden = mine.up.shape[0], x_TD.shape[1]
     tokens, choices = index_TJ.shape
     room = tokens * min(choices, own)
     where = layout.fixed(index_TJ // own, devices, room, None)
-    rows = layout.dispatch(x_TD, where).reshape(devices, room, hidden)
+
+    def to_experts(rows):
+        rows = rows.reshape(devices, room, *rows.shape[1:])
+        rows = jax.lax.all_to_all(rows, axis, 0, 0)
+        return rows.reshape(-1, *rows.shape[2:])
+
     index_TJ = jnp.pad(index_TJ % own, ((0, 1), (0, 0)), constant_values=own)
-    expert_R = index_TJ[where.token_R, where.choice_R].reshape(devices, room)
-    rows, expert_R = (jax.lax.all_to_all(a, axis, 0, 0) for a in (rows, expert_R))
-    rows, expert_R = rows.reshape(-1, hidden), expert_R.reshape(-1, 1)
-    ones = jnp.ones(expert_R.shape, rows.dtype)
-    here_R = expert_R[:, 0] < own
+    expert_R = to_experts(index_TJ[where.token_R, where.choice_R])
+    rows = to_experts(layout.dispatch(x_TD, where))
+    keep = implementations.rows_of(keep_TJF, where, (-1,))
     rows = api.expert_mlp(
-        rows, expert_R, ones, mine, mask=here_R, implementation=implementation
-    ).reshape(devices, room, hidden)
-    rows = jax.lax.all_to_all(rows, axis, 0, 0)
+        rows,
+        expert_R[:, None],
+        jnp.ones((len(rows), 1), rows.dtype),
+        mine,
+        mask=expert_R < own,
+        keep=None if keep is None else to_experts(keep.astype(rows.dtype))[:, None],
+        implementation=implementation,
+    )
+    rows = jax.lax.all_to_all(rows.reshape(devices, room, hidden), axis, 0, 0)
     return layout.combine(rows.reshape(-1, hidden), weight_TJ, where)

@@ -10,6 +10,7 @@ llama.py      pre-norm language model: the paper's large ones
 seq.py        post-norm language model: the paper's small ones
 analysis.py   what routers do: entropy, balance, information between layers
 interop.py    published checkpoints
+bench.py      what routers cost
 """
 
 from . import losses

@@ -2,8 +2,9 @@
 
 Dimensions: L layers, T tokens, E experts, J chosen.
 
-All are functions of the statistics of a layer, which are sums over tokens: sums over microbatches
-or devices are statistics of the whole batch, while products of their means would not be.
+All are functions of the statistics of a layer, which are sums over the tokens of a microbatch,
+those on all devices. The balance is a product of means: every microbatch has its own, and a batch
+in several of them has another loss than in one. The number of devices changes nothing.
 """
 
 from typing import NamedTuple

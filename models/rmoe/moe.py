@@ -3,13 +3,14 @@
 Dimensions: T tokens (rows and their tokens in one), D hidden, E experts, F expert width.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ...kernels import Experts, expert_mlp
+from ...kernels import Experts, expert_mlp, expert_mlp_sharded
 from ..layers import parameter
 from . import losses, router
 from .config import MoEConfig, RMoEConfig
@@ -73,7 +74,7 @@ class MoE(nn.Module):
         self.sow(STATISTICS, "sums", found)
         self.sow(ROUTING, "logits", logits_TE)
         self.sow(ROUTING, "index", index_TJ)
-        y_TD = expert_mlp(
+        y_TD = _expert_mlp()(
             x_TD.astype(c.dtype),
             index_TJ,
             weight_TJ,
@@ -113,6 +114,19 @@ class MoE(nn.Module):
             make("down_bias", ("embed",), hidden, init=zeros),
         )
         return Experts(up, down, None, *biases)
+
+
+def _expert_mlp() -> Any:
+    """The experts' function for the mesh that surrounds the model, if one does.
+
+    The training step and the evaluation trace the model under their mesh; if it divides the
+    experts, tokens travel to them. Everything else (parameters, sampling, analyses) is outside of
+    a mesh, where any number of tokens goes through all experts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("expert", 1) == 1:
+        return expert_mlp
+    return functools.partial(expert_mlp_sharded, mesh=mesh)
 
 
 def settle(c: MoEConfig, balance: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from scanax.kernels import bench, peers
 
 DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
+EXPERTS = bench.OPERATIONS["expert_mlp"]
 
 
 @pytest.mark.parametrize("operation", [DELTA, ADDITIVE])
@@ -22,8 +23,26 @@ def test_rows_and_table(operation):
     for row in rows:
         assert row["milliseconds"] > 0 and row["over_floor"] > 0
         if row["implementation"] == "reference":
-            assert row["reference_over_this"] == 1
+            assert row["baseline_over_this"] == 1
     assert bench.table(operation, rows).count("\n") == len(rows) + 1
+
+
+def test_experts_are_counted_by_the_compiler():
+    """ragged_dot on CPU computes all experts twice over, blocks and places little too much."""
+    rows = bench.benchmark(EXPERTS, (512, 16, 16, 8, 2), gated=True, repetitions=1, others={})
+    assert len(rows) == 2 * len(EXPERTS.implementations()) and "gmm" not in str(rows)
+    for row in rows:
+        assert row["temporary_mb"] > 0 and row["milliseconds"] > 0
+        ratio = row["compiled_gflops"] / row["gflops"]
+        name = row["implementation"]
+        if name in ("dense", "ragged"):
+            assert ratio > 4
+        else:
+            assert 1 < ratio < (2.5 if name == "block 128" else 2)
+        assert (row["baseline_over_this"] == 1) == (name == "ragged")
+    table = bench.table(EXPERTS, rows)
+    assert "| ragged / this | compiled / GFLOP | temporary MB |" in table
+    assert table.count("\n") == len(rows) + 1
 
 
 def test_peers_are_checked_and_timed():
@@ -61,6 +80,7 @@ def test_command_line(tmp_path):
 def test_flops_of_the_definition():
     assert DELTA.flops((4, 2048, 4, 64, 64, 1)) == 8 * 4 * 2048 * 4 * 64 * 64
     assert ADDITIVE.flops((4, 2048, 4, 64, 64)) == 5 * 4 * 2048 * 4 * 64 * 64
+    assert EXPERTS.flops((2048, 352, 352, 16, 2)) == 4 * 2048 * 2 * 352 * 352
 
 
 @pytest.mark.parametrize("text", ["4,2048", "a,b,c,d,e,f", "1,0,1,1,1,1", ""])

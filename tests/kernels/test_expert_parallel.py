@@ -34,13 +34,15 @@ def main() -> None:
         biases = (None, None) if gated else (normal(number, 5), normal(number, 6))
         experts = Experts(normal(number, 6, 5), normal(number, 5, 6), gate, *biases)
         weight = jax.nn.softmax(normal(tokens, choices))
-        return normal(tokens, 6), index, weight, experts, jnp.asarray(rng.random(tokens) < 0.8)
+        mask = jnp.asarray(rng.random(tokens) < 0.8)
+        keep = jnp.asarray(2.0 * (rng.random((tokens, choices, 5)) < 0.5))
+        return normal(tokens, 6), index, weight, experts, {"mask": mask, "keep": keep}
 
     cases = [case(True, 2, 0.0), case(False, 3, 0.0), case(True, 2, few), case(True, 8, 0.0)]
 
-    def gradients(function, x, index, weight, experts, mask, **options):
+    def gradients(function, x, index, weight, experts, factors, **options):
         def loss(x, weight, experts):
-            y = function(x, index, weight, experts, mask=mask, **options)
+            y = function(x, index, weight, experts, **factors, **options)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
 
         run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -89,17 +91,27 @@ def test_divided_experts_are_the_same_experts():
     assert ran.returncode == 0 and ran.stdout.endswith("equal\n"), ran.stderr[-3000:]
 
 
-def test_experts_that_do_not_divide():
+def test_what_cannot_be_divided():
     import jax.numpy as jnp
 
     from scanax.kernels import Experts, expert_mlp_sharded
+    from scanax.train.mesh import MeshConfig, make_mesh
 
-    mesh = jax.make_mesh((1, 1, 2), ("data", "fsdp", "expert"), devices=jax.devices()[:2])
-    experts = Experts(jnp.ones((3, 4, 5)), jnp.ones((3, 5, 4)))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, expert=2, sequence=1))
+
+    def run(number: int, **options):
+        experts = Experts(jnp.ones((number, 4, 5)), jnp.ones((number, 5, 4)))
+        x, index, weight = jnp.ones((4, 4)), jnp.zeros((4, 1), int), jnp.ones((4, 1))
+        return expert_mlp_sharded(x, index, weight, experts, mesh=mesh, **options)
+
     with pytest.raises(ValueError, match="3 experts do not divide among 2 devices"):
-        expert_mlp_sharded(
-            jnp.ones((4, 4)), jnp.zeros((4, 1), int), jnp.ones((4, 1)), experts, mesh=mesh
-        )
+        run(3)
+    with pytest.raises(ValueError, match="'block' drops no token"):
+        run(2, capacity_factor=1.0, implementation="block")
+    with pytest.raises(ValueError, match="needs a capacity_factor"):
+        run(2, implementation="capacity")
+    with pytest.raises(ValueError, match="keep has shape"):
+        run(2, keep=jnp.ones((4, 5)))
 
 
 if __name__ == "__main__":
