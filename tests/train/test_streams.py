@@ -10,6 +10,7 @@ from scanax.configs import base
 from scanax.models.rmoe import RMoESeqConfig, RMoESeqLM
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
+from scanax.train.data.pipeline import DataError
 from scanax.train.loop import place, put_local
 from scanax.train.step import jit_step, make_step
 
@@ -117,7 +118,7 @@ def test_evaluation_carries_the_cache():
     assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {
         n: (x.shape, x.dtype) for n, x in task.eval_spec.items()
     }
-    assert batch["ids"].shape == (2, 32)  # 79 tokens to predict, in two rows of whole blocks
+    assert batch["ids"].shape == (2, 40)  # 80 tokens to predict, in two rows of whole blocks
     value, weight = task.evaluate(params, extra, jax.tree.map(jnp.asarray, batch), None)["loss"]
     model = build_part(RMoESeqConfig, {**c.model, "vocab_size": 10}, "model")
     logits, _ = RMoESeqLM(model).apply({"params": params}, jnp.asarray(batch["ids"]))
@@ -135,5 +136,5 @@ def test_mistakes():
         tasks.build(from_dict(values.to_dict()))
     with pytest.raises(ConfigError, match="knows no segments"):
         tasks.build(config(**{"data.layout": "packed"}))
-    with pytest.raises(ValueError, match=r"lower evaluation\.batch_size"):
+    with pytest.raises(DataError, match=r"lower evaluation\.batch_size"):
         tasks.build(config(**{"evaluation.batch_size": 64}))
