@@ -28,7 +28,7 @@ CONFIGS += ("parity", "modular_arithmetic", "modular_arithmetic_brackets")
 CONFIGS += ("lightnet_digits", "lightnet_mnist", "lightnet_cifar", "lightnet_moving_digits")
 CONFIGS += ("lightnet_lm_embedded", "lightnet_lm_characters", "lightnet_wikitext103")
 CONFIGS += ("lightnet_mlm_embedded", "lightnet_mlm_reviews", "lightnet_mlm_base")
-CONFIGS += ("rmoe_lm_embedded",)
+CONFIGS += ("rmoe_lm_embedded", "rmoe_delta_product_lm_embedded")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
 ELSEWHERE = ("lightnet_imagenet",)  # without its data there are no classes: tested below
 
