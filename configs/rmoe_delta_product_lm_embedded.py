@@ -2,7 +2,7 @@
 
 python -m scanax.train.main --config configs/rmoe_delta_product_lm_embedded.py --workdir runs/rmoe
 
-Nothing else differs, but the mixers have more parameters than attention (1.75M in all, 1.53M there).
+Nothing else differs, but these mixers have more parameters (1.75M in all, with attention 1.53M).
 Expect 1.67 bits per byte on the documents held out, in ten minutes on a core of its own. LightNet
 blocks in the same place, not trained yet:
 --config.model.mixer=lightnet --config.model.use_forget_gate=false
