@@ -1,9 +1,10 @@
 """The experts of rmoe_lm_embedded.py on DeltaProduct blocks, on bytes of Python's manual.
 
-  python -m scanax.train.main --config configs/rmoe_delta_product_lm_embedded.py \\
-      --workdir runs/rmoe_delta_product
+python -m scanax.train.main --config configs/rmoe_delta_product_lm_embedded.py --workdir runs/rmoe
 
-Nothing else differs: model size, experts, router and training. LightNet blocks in the same place:
+Nothing else differs, but these mixers have more parameters (1.75M in all, with attention 1.53M).
+Expect 1.67 bits per byte on the documents held out, in ten minutes on a core of its own. LightNet
+blocks in the same place, not trained yet:
 --config.model.mixer=lightnet --config.model.use_forget_gate=false
 """
 

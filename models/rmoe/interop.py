@@ -113,13 +113,8 @@ def llama_config(config: Mapping[str, Any], dtype: str) -> RMoEConfig:
 
 def llama_public(c: RMoEConfig) -> dict[str, Any]:
     """The inverse of :func:`llama_config`; a ValueError for what was never published."""
-    fixed = {
-        "mixer": "attention",
-        **_ROUTER,
-        "router_bias": False,
-        "num_dense_layers": 0,
-        "shared_expert_size": 0,
-    }
+    fixed = {"mixer": "attention", **_ROUTER}
+    fixed |= {"router_bias": False, "num_dense_layers": 0, "shared_expert_size": 0}
     _check(c, fixed, ("gru", "none"))
     return {
         **{theirs: getattr(c, ours) for ours, (theirs, _) in LLAMA_KEYS.items()},

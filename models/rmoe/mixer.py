@@ -76,7 +76,8 @@ def place(c: RMoEConfig, x_BTD, mask, segment_ids, before: Places | None):
     """
     options = {"mask": mask, "segment_ids": segment_runs(segment_ids, mask)}
     state, offset = (None, None) if before is None else before
-    x_BTD, tpe = positions(c.mixing, 1, "tpe")(x_BTD, state=state, **options)
+    layer: Any = positions(c.mixing, 1, "tpe")
+    x_BTD, tpe = layer(x_BTD, state=state, **options)
     place_BT, offset = places(x_BTD.shape[:2], mask, offset)
     return x_BTD, place_BT, Places(tpe, offset)
 
@@ -89,8 +90,8 @@ def empty_cache(c: RMoEConfig, batch: int, length: int) -> Cache:
     elif c.mixer == "delta_product":
         layers = delta_product.empty_cache(c.mixing, batch)
     else:
-        layers, *where = lightnet.empty_cache(c.mixing, batch)
-        where = Places(*where)
+        start: Any = lightnet.empty_cache(c.mixing, batch)
+        layers, where = start.layers, Places(start.tpe, start.offset)
     stacked = lambda part: jax.tree.map(lambda *x: jnp.stack(x), *part) if part else None
     dense = c.num_dense_layers
     return Cache(stacked(layers[:dense]), stacked(layers[dense:]), where)

@@ -9,7 +9,7 @@ import pytest
 
 from scanax.configs import base
 from scanax.models import generation, params as params_lib
-from scanax.models.rmoe import STATISTICS, RMoEConfig, RMoELM, empty_cache
+from scanax.models.rmoe import STATISTICS, RMoEConfig, RMoELM, empty_cache, states
 
 VOCAB = 23
 MIXERS = {
@@ -35,12 +35,12 @@ def config(**changes) -> RMoEConfig:
 
 
 @pytest.fixture(scope="module", params=MIXERS)
-def model(request):
+def model(request, jit):
     """A module with a dense layer and two with experts, and its parameters."""
     with jax.enable_x64(True):
         module = RMoELM(config(mixer=request.param, **MIXERS[request.param]))
-        params = params_lib.initialise(module, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        return module, params
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return module, jit(lambda key: params_lib.initialise(module, key, ids))(jax.random.key(0))
 
 
 def generate(module, params, prompts, max_tokens):
@@ -91,11 +91,11 @@ def test_decoding_is_the_full_forward(model, jit, check):
         got, cache = step(ids[:, part], mask[:, part] if part.start == 0 else None, cache)
         found.append(got)
     found = jnp.concatenate(found, axis=1)
-    whole = jit(lambda ids: module.apply({"params": params}, ids))
-    logits, none = whole(ids[:1])
+    to_the_left = jnp.stack([ids[0], jnp.roll(ids[1], -3)])
+    logits, none = jit(lambda ids: module.apply({"params": params}, ids))(to_the_left)
     assert none is None
-    check("no padding", found[:1], logits, 1e-10)
-    check("padding", found[1:, 3:], whole(ids[1:, 3:])[0], 1e-10)
+    check("no padding", found[0], logits[0], 1e-10)
+    check("padding", found[1, 3:], logits[1, :9], 1e-10)
 
 
 def test_padding_and_segments_change_nothing(model, jit, check):
@@ -107,9 +107,9 @@ def test_padding_and_segments_change_nothing(model, jit, check):
     check("padding", padded[:, 3:], logits, 1e-10)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(masked), strict=True):
         check("statistics", a, b, 1e-10)
-    (packed, _), _ = apply(ids, segment_ids=jnp.asarray([[0] * 3 + [1] * 6] * 2))
+    (packed, _), _ = apply(ids, segment_ids=jnp.zeros_like(ids).at[:, 3:].set(1))
     check("second segment", packed[:, 3:], logits, 1e-10)
-    (joined, _), _ = apply(ids)
+    (joined, _), _ = apply(ids, segment_ids=jnp.zeros_like(ids))
     assert np.max(np.abs(joined[:, 3:] - logits)) > 1e-3, "earlier tokens do not matter"
 
 
@@ -124,6 +124,41 @@ def test_neighbours_take_no_places_in_decoding(jit, check):
     together, alone = run(ids, room(3)), run(ids[:1], room(1))
     check("logits", together[:1], alone, 1e-10)
     assert np.max(np.abs(run(ids, None)[:1] - alone)) > 1e-3
+
+
+def test_states_are_matrices_of_all_layers(model):
+    module, _ = model
+    cache = empty_cache(module.config, 2, 5)
+    if module.config.mixer == "attention":
+        assert cache.layers.k.shape == (2, 2, 5, 2, 4)
+    else:
+        width = {"delta_product": 4, "lightnet": 8}[module.config.mixer]  # LightNet's cosine form
+        assert states(module.config, cache).shape == (3, 2, 4, width, 4)
+
+
+@pytest.mark.parametrize("mixer", ["delta_product", "lightnet"])
+def test_a_mixer_is_that_of_its_family(mixer):
+    """Whatever the models do not share, and no key of RMoE sets, has the family's default."""
+    c = config(mixer=mixer)
+    values = base.get_config("language_model", mixer).model.to_dict()
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "dtype", "param_dtype")
+    values |= {name: getattr(c, name) for name in (*shared, "initializer_range")}
+    assert c.mixing == type(c.mixing)(**values)
+
+
+def test_keys_of_other_mixers_are_not_passed_over():
+    for mixer, changes, message in (
+        ("conv", {}, "'conv' must be one of attention, delta_product, lightnet"),
+        ("attention", {"num_householder": 3}, "num_householder=3 is for mixer delta_product"),
+        ("attention", {"use_short_conv": False}, "means nothing for attention: leave it at True"),
+        ("lightnet", {"use_forget_gate": True}, "use_forget_gate=True is for mixer delta_product"),
+        ("lightnet", {"num_kv_heads": 2}, "num_kv_heads=2 is for mixer attention"),
+        ("delta_product", {"rope_theta": 1e5}, "rope_theta=100000.0 is for mixer attention"),
+        ("delta_product", {"num_householder": 0}, "num_householder must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(mixer=mixer, **changes)
+    assert config(mixer="lightnet", num_heads=16).head_dim == 1  # only rotary angles need pairs
 
 
 def test_mistakes_with_a_cache():

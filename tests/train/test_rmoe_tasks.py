@@ -1,5 +1,7 @@
 """RMoE on texts: the loss with its penalties, padding, weight decay, sampling, and mistakes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,14 @@ def values(**changes):
     return from_dict(config.to_dict())
 
 
-@pytest.mark.parametrize("layout", ["blocks", "packed"])
-def test_loss_and_its_penalties(text, layout):
+CASES = {"blocks": "attention", "packed": "attention", "packed, recurrent": "delta_product"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_its_penalties(text, case):
+    layout = case.partition(",")[0]
     changes = {"model.balance_coefficient": 0.5, "model.z_coefficient": 0.25}
-    config = values(**{"data.layout": layout}, **changes)
+    config = values(**{"data.layout": layout, "model.mixer": CASES[case]}, **changes)
     task = tasks.build(config)
     params, extra = task.init(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, next(task.train_data(0, 1)))
@@ -176,5 +182,23 @@ def test_sampling(text):
         np.testing.assert_array_equal(complete([prompt]).tokens[0], tokens)
 
 
-def test_analyses_of_a_state_need_one(text):
-    assert "long_context" not in tasks.build(values()).analyses
+def test_analyses_of_a_state_need_one(text, tmp_path):
+    assert not tasks.build(values()).analyses
+    task = tasks.build(values(**{"model.mixer": "delta_product"}))
+    params, extra = task.init(jax.random.key(0))
+    found = task.analyses["long_context"](params, extra, tmp_path, 1, 64)
+    assert "32 to      64" in found
+    rank = json.loads((tmp_path / "figures.json").read_text())["rank"]
+    assert np.shape(rank) == (3, 2)
+
+
+@pytest.mark.parametrize("mixer", ["delta_product", "lightnet"])
+def test_every_parameter_of_a_mixer_trains(text, mixer):
+    task = tasks.build(values(**{"model.mixer": mixer, "model.remat": mixer == "lightnet"}))
+    params, extra = task.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, next(task.train_data(0, 1)))
+    keys = jax.random.split(jax.random.key(1), len(batch["ids"]))
+    gradient = jax.jit(jax.grad(lambda p: task.loss(p, extra, batch, keys)[0]))(params)
+    mixing = [gradient["layers"]["attn"], *([gradient["tpe"]] if mixer == "lightnet" else [])]
+    for path, value in jax.tree.leaves_with_path(mixing):
+        assert np.any(np.asarray(value)), jax.tree_util.keystr(path)
