@@ -12,6 +12,8 @@ receives and computes rows for the worst case:
                            of the tokens among devices
   dropless                 P T min(J, E / P) rows, which are as many as all P devices' assignments
                            if E / P >= J: the experts' memory is divided, their work is not
+
+Where only the tokens are divided, none travels: each device sends its own through all experts.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ def expert_mlp_sharded(
     keep: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """:func:`expert_mlp` on a mesh whose ``axis`` divides the experts.
+    """:func:`expert_mlp` on a mesh that divides the tokens, and along ``axis`` the experts.
 
     Args:
       x, index, weight, experts, score, mask, keep: of all devices together; see there.
@@ -81,6 +83,10 @@ def expert_mlp_sharded(
     tokens = PartitionSpec(token_axes)
 
     def local(x_TD, index_TJ, weight_TJ, score_TJ, keep_TJF, mine: Experts):
+        if devices == 1:
+            options = {"capacity_factor": capacity_factor, "policy": policy, "score": score_TJ}
+            options |= {"keep": keep_TJF, "implementation": implementation}
+            return api.expert_mlp(x_TD, index_TJ, weight_TJ, mine, **options)
         if capacity_factor is None:
             assignments = (x_TD, index_TJ, weight_TJ, keep_TJF)
             return _dropless(*assignments, mine, axis, devices, implementation)
@@ -95,6 +101,7 @@ def expert_mlp_sharded(
         mesh=mesh,
         in_specs=(tokens,) * 5 + (PartitionSpec(axis),),
         out_specs=tokens,
+        axis_names=set(token_axes),  # the compiler may divide matrices along the others
         check_vma=False,
     )
     experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)

@@ -55,7 +55,7 @@ class MoEConfig:
         router_residual, router_residual_detach, router_residual_cumulative, router_bias,
         router_normalise: see ``RouterConfig``.
       capacity_factor: 0: no token is dropped; else see ``scanax.kernels.expert_mlp``. Where a mesh
-        divides the experts, each device drops by its own tokens.
+        divides the batch, each device drops by its own tokens.
       capacity_policy: who keeps a place: "score" or "position".
       balance_form, balance_coefficient: see ``losses.balance``.
       z_coefficient: on ``losses.z_loss``.

@@ -120,11 +120,12 @@ def _expert_mlp() -> Any:
     """The experts' function for the mesh that surrounds the model, if one does.
 
     The training step and the evaluation trace the model under their mesh; if it divides the
-    experts, tokens travel to them. Everything else (parameters, sampling, analyses) is outside of
-    a mesh, where any number of tokens goes through all experts.
+    tokens, each device sorts its own, and they travel if it divides the experts. Everything else
+    (parameters, sampling, analyses) is outside of a mesh, where any number of tokens goes through
+    all experts.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("expert", 1) == 1:
+    if all(mesh.shape.get(axis, 1) == 1 for axis in ("data", "fsdp", "expert")):
         return expert_mlp
     return functools.partial(expert_mlp_sharded, mesh=mesh)
 

@@ -15,6 +15,7 @@ from scanax.train.step import jit_step, make_step
 SMALL = {
     "num_steps": 4,
     "batch_size": 8,
+    "model.vocab_size": 258,
     "model.hidden_size": 16,
     "model.num_heads": 2,
     "model.num_hidden_layers": 2,
@@ -82,6 +83,7 @@ def one_device():
 ALL_PLACES = {"model.capacity_factor": 4.0}
 VARIANTS = {
     "expert 4": {"mesh.expert": 4},
+    "data 2, tensor 2": {"mesh.data": 2, "mesh.tensor": 2},
     "data 2, expert 2, remat": {"mesh.data": 2, "mesh.expert": 2, "model.remat": True},
     "fsdp 2, expert 2, places for all": {"mesh.fsdp": 2, "mesh.expert": 2, **ALL_PLACES},
 }
