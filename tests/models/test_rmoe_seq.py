@@ -144,6 +144,26 @@ def test_cut_anywhere_the_logits_are_the_same(jit, check):
     check("cache", cache, last, 1e-11)
 
 
+def test_padding_before_a_text_changes_nothing(jit, check):
+    """Prompts of several lengths, padded on the left and read in pieces, as generation does."""
+    model = RMoESeqLM(CONFIG)
+    ids = jax.random.randint(jax.random.key(0), (2, 12), 0, 19)
+    params = params_lib.initialise(model, jax.random.key(1), ids[:, :2])
+    apply = jit(
+        lambda ids, mask, cache: model.apply({"params": params}, ids, mask=mask, cache=cache)
+    )
+    mask = jnp.arange(12)[None] >= jnp.asarray([0, 7])[:, None]
+    cache, found = empty_seq_cache(CONFIG, 2), []
+    for part in (slice(0, 6), slice(6, 12)):
+        logits, cache = apply(ids[:, part], mask[:, part], cache)
+        found.append(logits)
+    found = jnp.concatenate(found, axis=1)
+    for row, start in ((0, 0), (1, 7)):
+        alone, last = model.apply({"params": params}, ids[row : row + 1, start:])
+        check("logits", found[row, start:], alone[0], 1e-11)
+        check("cache", cache[row], last[0], 1e-11)
+
+
 def test_a_token_sees_the_span_before_it_and_not_itself():
     """One layer: what a token is made of, by its logits' derivatives (itself by the residual)."""
     c = dataclasses.replace(CONFIG, num_hidden_layers=1, span=3)
