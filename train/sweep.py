@@ -132,6 +132,7 @@ def parse_axis(text: str) -> list[dict[str, str]]:
     if len(set(keys)) < len(keys):
         raise ConfigError(f"--grid {text!r} names a key twice")
     points = [part.split(":") if len(keys) > 1 else [part] for part in parts]
+    points = [[value.strip() for value in values] for values in points]
     if not equals or any(len(values) != len(keys) or not all(values) for values in points):
         raise ConfigError(
             f"--grid {text!r} should look like KEY=VALUE,VALUE or KEY:KEY=VALUE:VALUE,VALUE:VALUE"

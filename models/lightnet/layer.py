@@ -81,7 +81,10 @@ class Mixer(nn.Module):
         k, conv_k = self._project(x_BTD, "k", c.num_heads * c.key_dim, *place)
         v, conv_v = self._project(x_BTD, "v", width, *place)
         q, k, v = (x.reshape(*x.shape[:2], c.num_heads, -1) for x in (q, k, v))
-        angle = self._angles(place_BTM) if c.use_lrpe else None
+        angle = None
+        if c.use_lrpe:
+            lrpe.check_places(place_BTM, *x_BTD.shape[:2])
+            angle = self._angles(place_BTM)
         o_BTHV, s, z = self._mix(x_BTD, q, k, v, angle, mask, runs_BT, cache)
         y_BTD = self._gated(x_BTD, o_BTHV.reshape(*o_BTHV.shape[:2], -1))
         y_BTD = self._dense("o_proj", width, ("heads", "embed"))(y_BTD)

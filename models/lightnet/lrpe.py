@@ -16,7 +16,6 @@ member decay at its own rate, and loses that property in the rotate form; here b
 """
 
 from collections.abc import Sequence
-import math
 
 import jax
 import jax.numpy as jnp
@@ -156,10 +155,11 @@ def _cos_sin(x, angle):
     return jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
 
 
-def check_grid(grid: Sequence[int], tokens: int, extra: int = 0) -> None:
-    """Raises a ValueError if the grid has not as many places as there are tokens."""
-    if min(grid, default=0) < 1 or math.prod(grid) + extra != tokens:
+def check_places(place_BTM: jax.Array | None, batch: int, tokens: int) -> None:
+    """Raises a ValueError unless every token has a place."""
+    shape = None if place_BTM is None else place_BTM.shape
+    if shape is None or len(shape) != 3 or shape[0] not in (1, batch) or shape[1] != tokens:
         raise ValueError(
-            f"a grid of {' x '.join(map(str, grid))} and {extra} extra tokens make"
-            f" {math.prod(grid) + extra} tokens; got {tokens}"
+            f"MD-LRPE needs places [1 or {batch}, {tokens}, axes], as many as there are tokens: the"
+            f" product of the grid, and extra tokens; got {'none' if shape is None else shape}"
         )

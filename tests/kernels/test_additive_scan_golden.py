@@ -59,7 +59,7 @@ def tolerance(name: str, dtype: str, key: str, reference: np.ndarray) -> float:
         return 1e-11 * max(1, float(np.abs(reference).max()))
     large = name in EXTREME or name == "big_offset"
     if key.startswith("d"):
-        return (1e-4 if large else 2e-5) * float(np.abs(reference).max())
+        return (1e-4 if large and name != "d2_extreme" else 2e-5) * float(np.abs(reference).max())
     if key.startswith("z"):
         return 1e-4 if name == "big_offset" else 1e-5
     return {"big_offset": 1e-4, "d2_extreme": 2e-5}.get(name, 5e-5 if large else 5e-6)

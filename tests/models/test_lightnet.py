@@ -20,7 +20,9 @@ from scanax.models.lightnet import (
     classifier,
     dit,
     empty_cache,
+    lrpe,
 )
+from scanax.models.lightnet.layer import Mixer
 
 STACK = {
     "mixer": "lightnet",
@@ -108,6 +110,47 @@ def test_packed_documents_equal_separate_rows(forward, check):
     # Keys of the last document were turned from other places: its state is another, its z not.
     for got, want in zip(cache.layers, alone[-1][1].layers, strict=True):
         check("z", got.z, want.z, TOLERANCE)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (1, 1), None])
+def test_places_must_be_those_of_the_tokens(grid):
+    place = None if grid is None else lrpe.places(grid)
+    with pytest.raises(ValueError, match="as many as there are tokens"):
+        Mixer(LM, True).init(jax.random.key(0), jnp.zeros((2, 12, 16)), place)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_baselines_are_their_definitions(causal, check):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 40, 2, 4)).astype(np.float32) for _ in range(3))
+    ids = np.repeat(np.asarray([[0, 1]], np.int32), 20, axis=1).repeat(2, axis=0)
+    mask = np.arange(40)[None] < np.asarray([[40], [30]])
+    past = np.tril(np.ones((40, 40), bool)) if causal else np.ones((40, 40), bool)
+    allowed = past & mask[:, None] & (ids[:, :, None] == ids[:, None])
+    weights = np.exp(0.5 * np.einsum("bihk,bjhk->bhij", q, k)) * allowed[:, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    real = mask[..., None, None]
+    options = {"causal": causal, "scale": 0.5, "mask": mask, "segment_ids": ids}
+    found = np.asarray(jax.jit(lambda: baselines.softmax_attention(q, k, v, **options))())
+    check("softmax", found * real, np.einsum("bhij,bjhv->bihv", weights, v) * real, TOLERANCE)
+    feature_q, feature_k = (np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k))
+    check("features", baselines.features(jnp.asarray(q)), feature_q, TOLERANCE)
+    below, _ = baselines.normaliser(jnp.asarray(feature_q), jnp.asarray(feature_k), causal=causal)
+    want = np.einsum("bihk,bjhk,ij->bih", feature_q, feature_k, past.astype(np.float32))
+    check("below", below, want, 1e-3)  # sums of up to 200
+
+
+def test_two_scans_meet_in_every_token(check):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 40, 2, 4)).astype(np.float32) for _ in range(3))
+    g = -rng.uniform(0, 0.3, q.shape).astype(np.float32)
+    expected = np.zeros_like(v)
+    for i in range(40):
+        for j in range(40):  # the token itself counts twice
+            between = g[:, j + 1 : i + 1] if j <= i else g[:, i:j]
+            a = np.einsum("bhk,bhk->bh", q[:, i], k[:, j] * np.exp(between.sum(1)))
+            expected[:, i] += (1 + (i == j)) * a[..., None] * v[:, j]
+    check("o", jax.jit(lambda: baselines.two_scans(q, k, v, g))(), expected, 1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

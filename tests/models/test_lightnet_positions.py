@@ -217,6 +217,21 @@ def test_rotated_weights_of_the_additive_kernels(causal):
 
 
 @pytest.mark.parametrize("kind", lrpe.THETA_TYPES)
+def test_every_kind_of_rates_turns_the_additive_kernels(kind):
+    """The sum over channels depends on differences of places alone, and is what is turned."""
+    rotation = lrpe.is_rotation(kind)
+    generator = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(generator.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
+    theta = jnp.asarray(lrpe.theta_table(kind, 2, 4, 2), jnp.float32)
+    angles = lrpe.angles(theta, lrpe.places((2, 3)), 2 if rotation else 4)
+    weights = lrpe.turn(jax.nn.softmax(k, axis=1), angles, rotation)
+    state = jnp.einsum("bthk,bthv->bhkv", weights, v)
+    want = jnp.einsum("bthk,bhkv->bthv", lrpe.turn(q, angles, rotation), state)
+    q, k, factor = lrpe.turn_additive(q, k, angles, rotation=rotation)
+    assert error(additive_attention(q, k, v, k_factor=factor, scale=1.0), want) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", lrpe.THETA_TYPES)
 def test_published_rates(kind):
     expected = LRPE[f"theta__theta_type{kind}"]
     np.testing.assert_allclose(lrpe.fixed_theta(kind, 16), expected, rtol=1e-6)
@@ -229,5 +244,3 @@ def test_wrong_positions_are_named():
         lrpe.fixed_theta(1, 15)
     with pytest.raises(ValueError, match="over 2 axes needs 4"):
         lrpe.angles(jnp.zeros((1, 3)), lrpe.places((2, 2)), 7)
-    with pytest.raises(ValueError, match="a grid of 3 x 4 and 1 extra tokens make 13 tokens"):
-        lrpe.check_grid((3, 4), 12, extra=1)

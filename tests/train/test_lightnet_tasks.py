@@ -70,6 +70,20 @@ def test_masked_tokens():
     np.testing.assert_array_equal(other[0], noisy[3])
 
 
+def test_accuracies_are_counted():
+    task, params, extra = build("image_classification", **{"evaluation.batch_size": 64})
+    batch = dict(task.eval_data(0))
+    batch["labels"] = np.where(np.arange(64) < 50, batch["labels"], IGNORE).astype(np.int32)
+    values = base.get_config("image_classification", "lightnet").model.to_dict()
+    values |= {k.removeprefix("model."): v for k, v in MODEL.items() if k.startswith("model.")}
+    model = build_part(LightNetGridConfig, {**values, "num_classes": 10}, "model")
+    logits = LightNetClassifier(model).apply({"params": params}, jnp.asarray(batch["images"]))
+    right = np.argsort(-np.asarray(logits), axis=1)[:50] == batch["labels"][:50, None]
+    found = jax.jit(task.evaluate)(params, extra, batch, keys(64))
+    assert [float(x) for x in found["accuracy"]] == [right[:, 0].sum(), 50]
+    assert [float(x) for x in found["top5_accuracy"]] == [right[:, :5].sum(), 50]
+
+
 def test_masked_text_does_not_see_padding(text):
     """What stands behind a document changes nothing, and the bytes of all of it are predicted."""
     task, params, extra = build("masked_language_model", **{"data.mask_rate": 1.0})
@@ -119,7 +133,7 @@ def test_stochastic_depth_takes_the_examples_keys(drop_path):
 
 
 def test_without_positions_shuffled_patches_are_the_same_image():
-    """On all held-out digits, classes and accuracy: to the last one."""
+    """On 256 digits, classes and accuracy: to the last one."""
     images, labels = image_sources.embedded.digits()
     x = np.asarray(images[:256], np.float32) / 127.5 - 1
     patches = x.reshape(256, 4, 2, 4, 2, 1).transpose(0, 1, 3, 2, 4, 5).reshape(256, 16, 2, 2, 1)

@@ -46,7 +46,7 @@ def test_every_combination_and_seed_has_its_config_and_folder(root, tmp_path):
 
 
 def test_keys_that_change_together(root, tmp_path):
-    found = runs(root, tmp_path, "model.num_householder:model.num_heads=1:6,2:4", "seed=3,4")
+    found = runs(root, tmp_path, "model.num_householder:model.num_heads=1:6,  2:4", "seed=3,4")
     sizes = [(run.config.model["num_householder"], run.config.model["num_heads"]) for run in found]
     assert sizes == [(1, 6), (1, 6), (2, 4), (2, 4)]
     assert found[1].label == "num_householder=1,num_heads=6,seed=4"
