@@ -10,7 +10,7 @@ tokenizer of 96,512 pieces are private. These widths have 1,069M parameters, 822
 the embeddings, where the paper prints 0.91B and 664M, which do not follow from its widths. The
 recurrent router adds 3.59M to an ordinary one, as the paper says.
 
-Not trained here: the parameter count and the compiled step are checked, no result is claimed.
+Not trained here: the parameter count is checked, no result is claimed.
 """
 
 from scanax.configs import base
@@ -20,6 +20,7 @@ def get_config():
     config = base.get_config("language_model", "rmoe")
     config.num_steps = 10_000  # 40 billion tokens, nearly
     config.batch_size = 1120
+    config.microbatches = 140  # a row per device of eight
 
     config.model.vocab_size = 96512
     config.model.hidden_size = 1280
@@ -48,6 +49,7 @@ def get_config():
     config.optimizer.clip_norm = 1.0
 
     config.evaluation.every_steps = 1000
-    config.evaluation.batches = 16
+    config.evaluation.batches = 128
+    config.evaluation.batch_size = 8
     config.evaluation.samples = 0
     return config

@@ -154,7 +154,7 @@ def place(
         mesh_lib.check_batch(mesh, config.batch_size, config.microbatches, "batch_size")
         size = config.evaluation.batch_size
         mesh_lib.check_batch(mesh, size, 1, "evaluation.batch_size")
-        frozen(config.optimizer, task.param_axes)
+        frozen(config.optimizer.freeze, task.param_axes)
         return mesh, state_lib.shardings(task, config, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -4,6 +4,7 @@ The schedule is a function of the run's step, not of a counter inside the optimi
 a skipped update does not shift it. Parameter averaging (EMA) is part of the step.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -71,6 +72,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"optimizer.{name} must be finite and not negative, got {value}")
+        if self.freeze_from and not self.freeze:
+            raise ValueError("optimizer.freeze_from needs optimizer.freeze: what is to be frozen")
 
 
 def check_schedule(config: OptimizerConfig, num_steps: int) -> None:
@@ -123,8 +126,8 @@ def make_optimizer(config: OptimizerConfig, param_axes: Any) -> optax.GradientTr
     )
 
 
-def frozen(config: OptimizerConfig, param_axes: Any) -> Any:
-    """A tree like the parameters: whether ``freeze`` names them.
+def frozen(patterns: Sequence[str], param_axes: Any) -> Any:
+    """A tree like the parameters: whether one of the regular expressions is found in their path.
 
     Raises:
       ValueError: for what is no regular expression, or is found in no parameter's path.
@@ -132,7 +135,7 @@ def frozen(config: OptimizerConfig, param_axes: Any) -> Any:
     is_leaf = lambda x: isinstance(x, tuple)
     paths, tree = jax.tree_util.tree_flatten_with_path(param_axes, is_leaf)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    for pattern in config.freeze:
+    for pattern in patterns:
         try:
             if not any(re.search(pattern, name) for name in names):
                 raise ValueError(
@@ -141,7 +144,7 @@ def frozen(config: OptimizerConfig, param_axes: Any) -> Any:
                 )
         except re.error as error:
             raise ValueError(f"optimizer.freeze: {pattern!r} is no regular expression") from error
-    found = [any(re.search(pattern, name) for pattern in config.freeze) for name in names]
+    found = [any(re.search(pattern, name) for pattern in patterns) for name in names]
     return jax.tree.unflatten(tree, found)
 
 

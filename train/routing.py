@@ -36,7 +36,8 @@ class Routed(NamedTuple):
 
     Attributes:
       config: of its experts and routers.
-      apply: (params, ids [R, C]) -> (logits [R, C, S], collections), ``rmoe.ROUTING`` among them.
+      apply: (params, ids [R, C]) -> (logits [R, C, S], collections), ``rmoe.ROUTING`` among them;
+        of the last ids alone, if those before are only to be seen.
       balance: collections -> the loss that keeps experts busy, without its coefficient.
     """
 
@@ -79,7 +80,8 @@ def routing(model: Routed, params: Any, rows: np.ndarray, size: int, folder: pat
     batches = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
     seen = observe(model, params, batches)
     found = figures(model.config, params, seen)
-    found |= {"batches": len(batches), "batch_rows": size, "row_tokens": rows.shape[1] - 1}
+    row_tokens = seen.index.shape[1] // (size * len(batches))
+    found |= {"batches": len(batches), "batch_rows": size, "row_tokens": row_tokens}
     folder.mkdir(parents=True, exist_ok=True)
     dumps = functools.partial(json.dumps, default=lambda array: array.tolist())
     lines = [f"  {dumps(name)}: {dumps(value)}" for name, value in found.items()]
@@ -107,7 +109,8 @@ def _observe_batch(model: Routed, params: Any, tokens: jax.Array):
 
     def losses(part):
         logits, found = model.apply(_with_routers(params, part), tokens[:, :-1])
-        ce = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        labels = tokens[:, tokens.shape[1] - logits.shape[1] :]
+        ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return (ce.mean(), model.balance(found)), found[ROUTING]["layers"]["moe"]
 
     (lm, balance), backward, found = jax.vjp(losses, routers(params), has_aux=True)

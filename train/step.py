@@ -33,17 +33,24 @@ def make_step(
     """
     optimizer = make_optimizer(config.optimizer, task.param_axes)
     schedule = make_schedule(config.optimizer, config.num_steps)
-    freeze = frozen(config.optimizer, task.param_axes)
+    always = frozen(task.frozen, task.param_axes)
+    later = frozen(config.optimizer.freeze, task.param_axes)
+
+    def unfrozen(tree, step):
+        """The tree, with zeros for parameters that stay as they are."""
+        moves = step < config.optimizer.freeze_from
+        zero = lambda x, a, b: jnp.zeros_like(x) if a else jnp.where(moves, x, 0) if b else x
+        return jax.tree.map(zero, tree, always, later)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for models that ask for it
             loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
         extra = task.settle(extra)
+        grads = unfrozen(grads, state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
-        moving = jnp.where(state.step < config.optimizer.freeze_from, rate, 0.0)
-        move = lambda d, p, f: (-(moving if f else rate) * d).astype(p.dtype)
-        updates = jax.tree.map(move, direction, state.params, freeze)
+        updates = jax.tree.map(lambda d, p: (-rate * d).astype(p.dtype), direction, state.params)
+        updates = unfrozen(updates, state.step)
         params = optax.apply_updates(state.params, updates)
         ema = _average(config, state, params)
 

@@ -63,6 +63,7 @@ class Task:
       loss: (params, extra, batch, keys [B]) -> (loss sum, Aux).
       evaluate: (params, extra, batch, keys [B]) -> {name: (sum, weight)}; a sum may be an
         array (a curve).
+      frozen: regular expressions; parameters in whose path one is found are never updated.
       settle: (extra) -> extra, once an update, when all its microbatches are through.
       train_data: (process_index, process_count) -> a checkpointable iterator of this
         process's part of each batch, as numpy arrays.
@@ -86,6 +87,7 @@ class Task:
     evaluate: Callable[..., Mapping[str, tuple[jax.Array, jax.Array]]]
     train_data: Callable[[int, int], Any]
     eval_data: Callable[[int], Mapping[str, Any] | None]
+    frozen: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str] | None = None

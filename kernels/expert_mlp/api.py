@@ -111,7 +111,9 @@ def _dropless(*args, places, **options) -> str | None:
 def _tpu(*args, **options) -> str | None:
     if jax.default_backend() != "tpu":
         return "it needs a TPU"
-    return _dropless(*args, **options)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
+    return _dropless(*args, **options) if alone else "the compiler cannot divide it among devices"
 
 
 def _with_places(*args, places, **options) -> str | None:

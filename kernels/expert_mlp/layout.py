@@ -10,6 +10,7 @@ scattered, and sums are in a fixed order.
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from ..dtypes import accumulation_dtype
@@ -67,7 +68,9 @@ def fixed(expert_TJ: jax.Array, experts: int, places: int, score_TJ: jax.Array |
     position_TJ, _ = _positions(expert_TJ, experts, score_TJ, by_choice=score_TJ is None)
     rows = experts * places
     row_TJ = expert_TJ * places + position_TJ
-    return _layout(jnp.where((position_TJ < places) & (expert_TJ < experts), row_TJ, rows), rows)
+    row_TJ = jnp.where((position_TJ < places) & (expert_TJ < experts), row_TJ, rows)
+    # A ``jax.checkpoint`` that saves this name does not sort scores again, with another rounding.
+    return _layout(checkpoint_name(row_TJ, "expert_rows"), rows)
 
 
 @jax.custom_vjp

@@ -101,7 +101,10 @@ def expert_mlp_sharded(
         mesh=mesh,
         in_specs=(tokens,) * 5 + (PartitionSpec(axis),),
         out_specs=tokens,
-        axis_names=set(token_axes),  # the compiler may divide matrices along the others
+        # The compiler may divide matrices along the other axes.
+        axis_names={
+            name for name in mesh.axis_names if name in token_axes or mesh.shape[name] == 1
+        },
         check_vma=False,
     )
     experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)

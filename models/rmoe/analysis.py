@@ -24,7 +24,8 @@ def entropy(probs) -> np.ndarray:
 def inner_balance(probs) -> np.ndarray:
     """IB, the highest probability over the second highest: [...], at least 1."""
     top = np.sort(np.asarray(probs, np.float64), axis=-1)
-    return top[..., -1] / np.maximum(top[..., -2], np.finfo(np.float64).tiny)
+    second = top[..., -2] if top.shape[-1] > 1 else 0
+    return top[..., -1] / np.maximum(second, np.finfo(np.float64).tiny)
 
 
 def outer_balance(probs, choices: int) -> np.ndarray:

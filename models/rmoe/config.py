@@ -54,7 +54,8 @@ class MoEConfig:
       router_cell, router_memory, router_projector, router_dim, router_head, router_head_dim,
         router_residual, router_residual_detach, router_residual_cumulative, router_bias,
         router_normalise: see ``RouterConfig``.
-      capacity_factor: 0: no token is dropped; else see ``scanax.kernels.expert_mlp``. Where a mesh
+      capacity_factor: 0: no token is dropped; else see ``scanax.kernels.expert_mlp``: in training
+        alone, as evaluation and generation drop none. Where a mesh
         divides the batch, each device drops by its own tokens.
       capacity_policy: who keeps a place: "score" or "position".
       balance_form, balance_coefficient: see ``losses.balance``.

@@ -22,6 +22,7 @@ _ROUTER = {
     "router_residual": 0.0,
     "router_normalise": True,
     "capacity_factor": 0.0,
+    "router_balance_rate": 0.0,
 }
 _FREE = {  # do not concern published parameters
     "router_head_dim": 16,
@@ -29,7 +30,6 @@ _FREE = {  # do not concern published parameters
     "router_residual_cumulative": False,
     "capacity_policy": "score",
     "z_coefficient": 0.0,
-    "router_balance_rate": 0.0,
     "remat": False,
     "implementation": "auto",
 }

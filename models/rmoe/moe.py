@@ -156,7 +156,8 @@ def scanned(
 ) -> Any:
     """``block`` as a scan over so many layers; parameters and routing get a first axis of them.
 
-    The backward recomputes a layer if the config says so, but does not choose experts again.
+    The backward recomputes a layer if the config says so, but does not choose experts again, nor
+    which tokens find a place.
 
     Args:
       block: called with a carry and other arguments; returns the carry and an output.
@@ -166,7 +167,7 @@ def scanned(
     """
     stack: Any = block
     if c.remat:
-        policy = jax.checkpoint_policies.save_only_these_names("router_index")
+        policy = jax.checkpoint_policies.save_only_these_names("router_index", "expert_rows")
         stack = nn.remat(block, policy=policy, prevent_cse=False)
     in_axes: Any = tuple(nn.broadcast if axis is None else axis for axis in axes)
     return nn.scan(

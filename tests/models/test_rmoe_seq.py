@@ -117,16 +117,18 @@ def test_published_model(golden, check, jit, name, remat):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_layers_are_recomputed_without_choosing_again(saved, monkeypatch):
-    """In the whole gradient experts are chosen once: in the forward (twice if nothing is saved)."""
-    c = dataclasses.replace(CONFIG, remat=True)
+    """In the whole gradient experts are chosen once, and places given: in the forward (twice if
+    nothing is saved)."""
+    c = dataclasses.replace(CONFIG, remat=True, capacity_factor=1.0, implementation="capacity")
     if not saved:
-        policies = types.SimpleNamespace(save_only_these_names=lambda name: None)
+        policies = types.SimpleNamespace(save_only_these_names=lambda *names: None)
         monkeypatch.setattr(jax, "checkpoint_policies", policies)
     ids = jnp.zeros((1, 3), jnp.int32)
     params = params_lib.initialise(RMoESeqLM(c), jax.random.key(0), ids)
     loss = lambda params: loss_of(c, ids, ids)(params, empty_seq_cache(c, 1))[0]
     program = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert program.count("top_k[") == (1 if saved else 2)
+    assert program.count("sort[") == (1 if saved else 2)
 
 
 def test_cut_anywhere_the_logits_are_the_same(jit, check):

@@ -10,10 +10,11 @@ import pytest
 from scanax.configs import base
 from scanax.models.generation import Sampling
 from scanax.models.rmoe import BALANCE, STATISTICS, RMoEConfig, RMoELM, losses
-from scanax.train import tasks
+from scanax.train import loop, mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
 from scanax.train.data.pipeline import IGNORE
 from scanax.train.optimizer import make_optimizer
+from scanax.train.step import jit_step, make_step
 
 MODEL = {
     "model.hidden_size": 16,
@@ -41,7 +42,8 @@ def values(**changes):
     return from_dict(config.to_dict())
 
 
-CASES = {"blocks": "attention", "packed": "attention", "packed, recurrent": "delta_product"}
+CASES = {"blocks": "attention", "packed": "attention", "padded": "attention"}
+CASES |= {"packed, recurrent": "delta_product"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,6 +128,47 @@ def test_preferences_follow_the_load(text):
     nothing = jax.tree.map(jnp.zeros_like, extra)
     assert loss != jax.jit(task.evaluate)(params, nothing, batch, keys)["loss"][0]
     assert not tasks.build(values()).init(jax.random.key(0))[1]
+
+
+def run(config, steps: int):
+    """The state before, and after each of some steps."""
+    task = tasks.build(config)
+    mesh, shardings = loop.place(task, config)
+    state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
+    step = jit_step(make_step(task, config, mesh), shardings, mesh)
+    data, found = task.train_data(0, 1), [jax.device_get(state.params)]
+    with jax.numpy_dtype_promotion("standard"):  # inside of optax
+        for _ in range(steps):
+            batch = loop.put_local(next(data), mesh_lib.batch_sharding(mesh))
+            state, _ = step(state, batch)
+            found.append(jax.device_get(state.params))
+    return found
+
+
+def moved(before, after) -> dict[str, bool]:
+    flat = lambda tree: jax.tree.leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): not np.array_equal(a, b)
+        for (path, a), (_, b) in zip(flat(before), flat(after), strict=True)
+    }
+
+
+def test_a_random_router_stays_as_it_is_under_weight_decay(text):
+    changes = {"model.router_cell": "none", "model.router_head": "random"}
+    before, after = run(values(**changes, **{"optimizer.weight_decay": 0.5}), 1)
+    assert {n for n, change in moved(before, after).items() if not change} == {
+        "layers/moe/router_head"
+    }
+
+
+def test_a_router_that_is_frozen_in_the_middle(text):
+    """Two stages, as StableMoE trains: from a step on, the router stays and all else goes on."""
+    changes = {"model.router_cell": "none", "model.router_head": "cosine_code"}
+    changes |= {"optimizer.freeze": ("/router_",), "optimizer.freeze_from": 1}
+    start, first, second = run(values(**changes), 2)
+    assert all(moved(start, first).values())
+    for name, change in moved(first, second).items():
+        assert change != ("router" in name), name
 
 
 def test_weight_decay_spares_vectors_of_stacked_layers(text):

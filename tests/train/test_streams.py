@@ -1,5 +1,7 @@
 """Text that runs on from batch to batch: models carry their cache, in training and evaluation."""
 
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from scanax.configs import base
 from scanax.models.rmoe import RMoESeqConfig, RMoESeqLM
-from scanax.train import mesh as mesh_lib, state as state_lib, tasks
+from scanax.train import loop, mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.config import ConfigError, build as build_part, from_dict
 from scanax.train.data.pipeline import DataError
 from scanax.train.loop import place, put_local
@@ -98,15 +100,41 @@ def test_rows_run_on_and_begin_anew():
         np.testing.assert_allclose(losses[first : first + 2], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["rmoe_seq", "delta_product"])
+MESHES = {
+    "rmoe_seq": ({"model.dropout": 0.1}, {"mesh.fsdp": 2}, {"mesh.expert": 2}),
+    "delta_product": ({}, {"mesh.fsdp": 2}),
+}
+
+
+@pytest.mark.parametrize("family", MESHES)
 def test_same_on_any_mesh_and_accumulation(family):
-    """Each row keeps its own cache, wherever it is computed."""
-    want = train(config(family), 4)
-    for changes in ({"microbatches": 2}, {"mesh.fsdp": 2}):
-        losses, _, state = train(config(family, **changes), 4)
+    """Each row keeps its own cache and its own noise, wherever it is computed."""
+    common, *meshes = MESHES[family]
+    want = train(config(family, **common), 4)
+    for changes in ({"microbatches": 2}, *meshes):
+        losses, _, state = train(config(family, **common, **changes), 4)
         np.testing.assert_allclose(losses, want[0], rtol=2e-6)
         got, rows = (jax.device_get(s.extra["rows"]) for s in (state, want[2]))
         chex.assert_trees_all_close(got, rows, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("rmoe_seq", {"model.dropout": 0.1, "model.router_balance_rate": 0.05}),
+        ("delta_product", {}),
+    ],
+)
+def test_resumed_runs_are_bitwise_the_same(tmp_path, family, changes):
+    """Caches of rows and preferences of routers are saved and go on."""
+    schedule = {"num_steps": 5, "checkpoint.every_steps": 3, "evaluation.samples": 0}
+    c = config(family, **changes, **schedule)
+    whole, _ = loop.train(tasks.build(c), c, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5")
+    again, _ = loop.train(tasks.build(c), c, tmp_path / "run")
+    assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(whole.extra["rows"]))
+    chex.assert_trees_all_equal(jax.device_get(again.extra), jax.device_get(whole.extra))
+    chex.assert_trees_all_equal(jax.device_get(again.params), jax.device_get(whole.params))
 
 
 def test_evaluation_carries_the_cache():
@@ -134,7 +162,7 @@ def test_mistakes():
         values = base.get_config("language_model", "rmoe")
         values.update_from_flattened_dict({**STREAMS, **rmoe})
         tasks.build(from_dict(values.to_dict()))
-    with pytest.raises(ConfigError, match="knows no segments"):
+    with pytest.raises(ConfigError, match="knows neither segments"):
         tasks.build(config(**{"data.layout": "packed"}))
     with pytest.raises(DataError, match=r"lower evaluation\.batch_size"):
         tasks.build(config(**{"evaluation.batch_size": 64}))

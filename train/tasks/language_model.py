@@ -42,6 +42,7 @@ def build(config: Config) -> Task:
         )
     first = lambda rows: lm.empty_cache(rows, data.length)  # of streams
     module: Any = lm.module
+    evaluated: Any = lm.evaluated or module
     example = jnp.zeros((1, 2), jnp.int32)
     start = 0 if tokenizer.end is None else tokenizer.end
     bytes_S = None
@@ -58,11 +59,11 @@ def build(config: Config) -> Task:
     def variables(params, extra):
         return {"params": params, **{name: extra[name] for name in lm.state}}
 
-    def forward(params, extra, batch, cache=None, keys=None, changed=()):
+    def forward(module, params, extra, batch, cache=None, keys=None, changed=()):
         """Name -> (sum, weight) over the tokens that have a label, the penalty per token, and the
         cache and the collections ``changed`` after the batch."""
         options = {"segment_ids": batch["segments"]} if packed else {}
-        if packed and lm.masked:
+        if data.layout in ("packed", "padded") and lm.masked:
             options["mask"] = batch["segments"] > 0
         if cache is not None:
             options["cache"] = cache
@@ -90,7 +91,9 @@ def build(config: Config) -> Task:
 
     def loss(params, extra, batch, keys):
         cache = _begun(extra["rows"], first, batch["reset"]) if streams else None
-        metrics, penalty, cache, state = forward(params, extra, batch, cache, keys, lm.state)
+        metrics, penalty, cache, state = forward(
+            module, params, extra, batch, cache, keys, lm.state
+        )
         value, weight = metrics.pop("loss")
         if streams:
             state["rows"] = jax.lax.stop_gradient(cache)
@@ -99,10 +102,10 @@ def build(config: Config) -> Task:
     def evaluate(params, extra, batch, keys):
         del keys
         if not streams:
-            return forward(params, extra, batch)[0]
+            return forward(evaluated, params, extra, batch)[0]
 
         def block(cache, batch):
-            found, _, cache, _ = forward(params, extra, batch, cache)
+            found, _, cache, _ = forward(evaluated, params, extra, batch, cache)
             return cache, found
 
         cut = lambda x_BN: x_BN.reshape(size, -1, data.length).swapaxes(0, 1)
@@ -110,7 +113,7 @@ def build(config: Config) -> Task:
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
 
     def apply(variables, ids, mask, cache):
-        return module.apply(variables, ids, mask=mask, cache=cache, last_only=True)
+        return evaluated.apply(variables, ids, mask=mask, cache=cache, last_only=True)
 
     def complete(
         params,
@@ -161,7 +164,7 @@ def build(config: Config) -> Task:
         window = eval_rows(rows or 8, length)
         rows = len(window)
         found = measure(
-            lambda params, ids, cache: module.apply(params, ids, cache=cache),
+            lambda params, ids, cache: evaluated.apply(params, ids, cache=cache),
             variables(params, extra),
             lm.empty_cache(rows, length),
             states,
@@ -193,16 +196,24 @@ def build(config: Config) -> Task:
         return saturation(lm.module, params, window, data.length, folder)
 
     def probe_routers(params, extra, folder: pathlib.Path, rows: int, length: int) -> str:
-        """What the routers do, in batches of as many rows as training computes at once."""
+        """What the routers do, in batches of as many rows as training computes at once.
+
+        Streams come behind as much text as the model sees, read without gradients.
+        """
+        before = lm.config.span if streams else 0
 
         def apply(params, ids):
-            filled = [*lm.collections, lm.routing]
-            (logits, _), found = module.apply(variables(params, extra), ids, mutable=filled)
+            options = {"mutable": [*lm.collections, lm.routing]}
+            if streams:
+                past = jax.lax.stop_gradient(variables(params, extra)), ids[:, :before]
+                options["cache"] = module.apply(*past, cache=first(len(ids)))[1]
+            now = variables(params, extra), ids[:, before:]
+            (logits, _), found = module.apply(*now, **options)
             return logits, found
 
         balance = lambda found: lm.penalties(found)["balance_loss"][1]
         size = config.batch_size // config.microbatches
-        window = eval_rows(rows or 8 * size, length or data.length)
+        window = eval_rows(rows or 8 * size, before + (length or data.length))
         return routing(Routed(lm.config, apply, balance), params, window, size, folder)
 
     analyses = {}
@@ -237,6 +248,7 @@ def build(config: Config) -> Task:
         evaluate=evaluate,
         train_data=functools.partial(corpus.train_batches, config.batch_size),
         eval_data=eval_data,
+        frozen=lm.frozen,
         settle=lm.settle,
         sample=sample if lm.has_cache else None,
         render=render,

@@ -1,6 +1,7 @@
 """The models that a task can train: one entry per family, built from the config."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,11 +24,14 @@ class CausalLM(NamedTuple):
       states: cache -> the layers' matrices [layers, B, H, K, V]; None for models that have none.
       carries: the cache has the same size whatever was read, and rows as the first axis of all
         its arrays, so that training can hand it from batch to batch.
+      evaluated: the module for evaluation and generation, where a row must not depend on those
+        beside it; None: ``module``.
       collections: that the module fills in training, for ``penalties``.
       penalties: collections -> name -> (coefficient, value) of what is added to the mean loss.
       masked: the module wants to know which tokens are padding.
       noisy: the module takes ``keys`` [B] of the rows' dropout.
       state: collections that are not optimised and that the module changes in training.
+      frozen: see ``Task``.
       settle: (a run's extra) -> extra, once an update.
       routing: the collection in which the module tells what its routers did, if it has any.
     """
@@ -38,11 +42,13 @@ class CausalLM(NamedTuple):
     has_cache: bool
     states: Callable[[Any], jax.Array] | None
     carries: bool = False
+    evaluated: nn.Module | None = None
     collections: tuple[str, ...] = ()
     penalties: Callable[[Any], Mapping[str, tuple[float, jax.Array]]] = lambda found: {}
     masked: bool = False
     noisy: bool = False
     state: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
     routing: str = ""
 
@@ -129,16 +135,18 @@ def _rmoe(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> C
         True,
         None if model.mixer == "attention" else functools.partial(rmoe.states, model),
         masked=True,
+        evaluated=rmoe.RMoELM(_dropless(model)),
         **_mixture(model),
     )
 
 
 def _rmoe_seq(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
     model = _with_vocabulary(config, rmoe.RMoESeqConfig, vocab_size, vocabulary)
-    if segments:
+    del segments  # nor padding
+    if config.data.get("layout") in ("packed", "padded"):
         raise ConfigError(
-            "family rmoe_seq knows no segments, and rows of this data hold several documents:"
-            " choose data.layout streams or blocks"
+            "family rmoe_seq knows neither segments nor padding behind a text: choose data.layout"
+            " streams or blocks"
         )
     return CausalLM(
         model,
@@ -148,8 +156,16 @@ def _rmoe_seq(config: Config, vocab_size: int, vocabulary: str, segments: bool) 
         None,
         carries=True,
         noisy=True,
+        evaluated=rmoe.RMoESeqLM(_dropless(model)),
         **_mixture(model),
     )
+
+
+def _dropless(model: Any) -> Any:
+    """The model with room for every token."""
+    if not model.capacity_factor:
+        return model
+    return dataclasses.replace(model, capacity_factor=0.0, implementation="auto")
 
 
 def _mixture(model: rmoe.RMoEConfig | rmoe.RMoESeqConfig) -> dict[str, Any]:
@@ -167,6 +183,7 @@ def _mixture(model: rmoe.RMoEConfig | rmoe.RMoESeqConfig) -> dict[str, Any]:
         "collections": (rmoe.STATISTICS,),
         "penalties": penalties,
         "routing": rmoe.ROUTING,
+        "frozen": _FROZEN.get(model.router_head, ()),
     }
     if model.router_balance_rate:
         found["state"] = (rmoe.BALANCE,)
@@ -195,6 +212,8 @@ def _with_vocabulary(config: Config, kind: type, vocab_size: int, vocabulary: st
     return model
 
 
+# Parameters of routers' heads that stay at their first values, from weight decay as well.
+_FROZEN = {"random": ("moe/router_head",), "hyper": ("moe/router_hyper_",)}
 _CAUSAL = {
     "delta_product": _delta_product,
     "lightnet": _lightnet,
