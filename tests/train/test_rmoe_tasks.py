@@ -226,7 +226,7 @@ def test_sampling(text):
 
 
 def test_analyses_of_a_state_need_one(text, tmp_path):
-    assert not tasks.build(values()).analyses
+    assert "long_context" not in tasks.build(values()).analyses
     task = tasks.build(values(**{"model.mixer": "delta_product"}))
     params, extra = task.init(jax.random.key(0))
     found = task.analyses["long_context"](params, extra, tmp_path, 1, 64)
