@@ -56,7 +56,7 @@ def get_config(task: str, family: str = "") -> ml_collections.ConfigDict:
             },
             "evaluation": {
                 "every_steps": 0,  # 0 = at the end only
-                "batches": 4,  # batches per evaluation, at most; 0 = the whole evaluation set
+                "batches": 4,  # per evaluation, at most (of streams: blocks); 0 = the whole set
                 "batch_size": 64,
                 "seed": 1234,  # of the evaluation data and noise
                 "samples": 16,  # samples drawn at the end; 0 = none

@@ -37,7 +37,7 @@ ELSEWHERE = ("lightnet_imagenet",)  # without its data there are no classes: tes
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> None:
     """Stand-ins for the files that configs name: texts, tokenizers, a few images."""
-    text = string.printable * 50
+    text = string.printable * 60
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
     book = f"*** START OF THE PROJECT\n{text}\n*** END OF THE PROJECT\n"
