@@ -39,36 +39,38 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "cosine": {"router_head": "cosine"},
 }
 
-SIZES = flags.DEFINE_string("sizes", "6,264;8,352", "L,D; several separated by ';'.")
-ROWS = flags.DEFINE_integer("rows", 4, "Of the batch.", lower_bound=1)
-TOKENS = flags.DEFINE_integer(
-    "tokens", 256, "Of a row; as many before them are seen.", lower_bound=2
-)
-CHOSEN = flags.DEFINE_multi_enum("router", [*ROUTERS], [*ROUTERS], "Beside the linear one.")
-REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
+
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags.DEFINE_string("sizes", "6,264;8,352", "L,D; several separated by ';'.")
+    flags.DEFINE_integer("rows", 4, "Of the batch.", lower_bound=1)
+    flags.DEFINE_integer("tokens", 256, "Of a row; as many before them are seen.", lower_bound=2)
+    flags.DEFINE_multi_enum("router", [*ROUTERS], [*ROUTERS], "Beside the linear one.")
+    flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
+    flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 
 
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        chosen = [name for name in ROUTERS if name in ("linear", *CHOSEN.value)]
-        make = lambda text, name: model_config(*_size(text), TOKENS.value, **ROUTERS[name])
-        sizes = [{name: make(text, name) for name in chosen} for text in SIZES.value.split(";")]
+        chosen = [name for name in ROUTERS if name in ("linear", *given.router)]
+        make = lambda text, name: model_config(*_size(text), given.tokens, **ROUTERS[name])
+        sizes = [{name: make(text, name) for name in chosen} for text in given.sizes.split(";")]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32", end="")
-    print(f", {ROWS.value} rows of {TOKENS.value} tokens\n")
+    print(f", {given.rows} rows of {given.tokens} tokens\n")
     rows = [
         row
         for size in sizes
-        for row in benchmark(size, ROWS.value, TOKENS.value, REPETITIONS.value)
+        for row in benchmark(size, given.rows, given.tokens, given.repetitions)
     ]
     print(table(rows))
-    if OUT.value:
-        with open(OUT.value, "w") as file:
+    if given.out:
+        with open(given.out, "w") as file:
             device = jax.devices()[0].device_kind
             json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
 
@@ -213,4 +215,5 @@ def _size(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -4,12 +4,9 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from scanax.models import params as params_lib
-from scanax.models.rmoe import RMoESeqLM, bench
+from scanax.models.rmoe import bench
 
 COMMAND = [sys.executable, "-m", "scanax.models.rmoe.bench", "--repetitions=1"]
 
@@ -43,14 +40,6 @@ def test_flops_of_routers():
         config = bench.model_config(1, d, 8, **bench.ROUTERS[name])
         ratio = bench.router_flops(config, tokens) / (6 * tokens * products)
         assert 1 <= ratio < (2.5 if products < p * p else 1.2), (name, ratio)
-
-
-def test_published_sizes():
-    """Parameters of the paper's medium models, in millions."""
-    for name, millions in (("linear", 36.077), ("gru", 36.509), ("lstm", 36.542), ("mlp", 36.787)):
-        model = RMoESeqLM(bench.model_config(8, 352, 2048, **bench.ROUTERS[name]))
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        assert params_lib.count(shapes["params"]) / 1e6 == pytest.approx(millions, abs=6e-4), name
 
 
 @pytest.mark.parametrize(
