@@ -31,14 +31,22 @@ class Statistics(NamedTuple):
     tokens: jax.Array
 
 
-def statistics(logits: jax.Array, index: jax.Array, mask: jax.Array | None = None) -> Statistics:
-    """Of logits [T, E] and choices [T, J]; tokens whose mask [T] is False do not count."""
+def statistics(
+    logits: jax.Array,
+    index: jax.Array,
+    mask: jax.Array | None = None,
+    temperature: float = 1.0,
+) -> Statistics:
+    """Of logits [T, E] and choices [T, J]; tokens whose mask [T] is False do not count.
+
+    Probabilities are of the logits divided by the temperature.
+    """
     real_T = jnp.ones(len(logits), logits.dtype) if mask is None else mask.astype(logits.dtype)
     chosen_TJE = jax.nn.one_hot(index, logits.shape[1], dtype=logits.dtype)
     lse_T = jax.nn.logsumexp(logits, axis=1)
     return Statistics(
         jnp.einsum("t,tje->e", real_T, chosen_TJE),
-        jnp.einsum("t,te->e", real_T, jax.nn.softmax(logits, axis=1)),
+        jnp.einsum("t,te->e", real_T, jax.nn.softmax(logits / temperature, axis=1)),
         jnp.sum(real_T * jnp.square(lse_T)),
         jnp.sum(real_T),
     )

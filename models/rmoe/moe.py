@@ -64,7 +64,8 @@ class MoE(nn.Module):
         bias_E, chosen_E = self._balance() if c.router_balance_rate else (None, None)
         preference_E = None if bias_E is None else bias_E.value
         index_TJ, weight_TJ, score_TJ = router.choose(c.router, logits_TE, preference_E)
-        found = losses.statistics(router.balanced(c.router, logits_TE), index_TJ, mask_T)
+        temperature = router.balance_temperature(c.router)
+        found = losses.statistics(logits_TE, index_TJ, mask_T, temperature)
         if (
             chosen_E is not None
             and self.is_mutable_collection(BALANCE)

@@ -175,9 +175,9 @@ def choose(
     return index_TJ, weight_TJ, score_TJ
 
 
-def balanced(c: RouterConfig, logits_TE: jax.Array) -> jax.Array:
-    """The logits that the balance loss is of."""
-    return logits_TE / TEMPERATURE if c.head.endswith("_code") else logits_TE
+def balance_temperature(c: RouterConfig) -> float:
+    """What logits are divided by in the balance loss."""
+    return TEMPERATURE if c.head.endswith("_code") else 1.0
 
 
 class Parameter(NamedTuple):

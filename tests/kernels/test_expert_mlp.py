@@ -1,5 +1,6 @@
 """Experts of a mixture against a loop over the tokens, and against the published layer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ from jax.test_util import check_grads
 import numpy as np
 import pytest
 
-from scanax.kernels.expert_mlp import Experts, capacity, expert_mlp, implementations, kept
+from scanax.kernels.expert_mlp import Experts, api, capacity, expert_mlp, implementations, kept
 from scanax.kernels.expert_mlp.api import IMPLEMENTATIONS
 
 DROPLESS = ("dense", "block", "ragged")
@@ -255,6 +256,29 @@ def test_wrong_calls_say_what_is_wrong(change, message):
     given = {"x": x, "index": index, "weight": weight, "experts": experts} | change
     with pytest.raises(ValueError, match=message):
         expert_mlp(**given)
+
+
+@pytest.mark.parametrize(
+    "platform, factor, chosen",
+    [
+        ("cpu", None, "block"),
+        ("cpu", 1.0, "capacity"),
+        ("gpu", None, "block"),
+        ("tpu", None, "gmm"),
+    ],
+)
+def test_choice_of_the_implementation(platform, factor, chosen, monkeypatch):
+    """On TPUs the grouped product on one device; among several the compiler cannot divide it."""
+    x, index, weight, experts = inputs("random", gated=True, dtype="float32")
+    named = {
+        n: dataclasses.replace(i, run=lambda *a, n=n, **k: n) for n, i in IMPLEMENTATIONS.items()
+    }
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", named)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for devices in (1, 4):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        found = expert_mlp(x, index, weight, experts, capacity_factor=factor)
+        assert found == ("block" if chosen == "gmm" and devices > 1 else chosen)
 
 
 def test_every_implementation_is_tested():

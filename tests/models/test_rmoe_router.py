@@ -211,7 +211,7 @@ def test_baselines(golden, check, jit, name):
     def loss(own, x):
         logits, _ = router.route(c, {}, own, x, router.start(c, len(x), x.dtype))
         index, weight, _ = router.choose(c, logits)
-        found = losses.statistics(router.balanced(c, logits), index)
+        found = losses.statistics(logits, index, temperature=router.balance_temperature(c))
         found = jax.tree.map(lambda x: x[None], found)
         balance = losses.balance(found, "layer_sum", 2)
         return jnp.sum(weight * both["cot"]) / 12 + 0.01 * balance, (logits, index, weight, balance)

@@ -254,6 +254,12 @@ COUNTS = {
     ),
     "SMoE, small": ("15.32", 264, 6, {"router_cell": "none"}),
     "RMoE, small": ("15.61", 264, 6, {}),
+    "MLP, small": (
+        "15.73",
+        264,
+        6,
+        {"router_cell": "none", "router_head": "mlp", "router_head_dim": 256},
+    ),
 }
 
 
