@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stepping import train
 
 from scanax.configs import base
 from scanax.models import params as params_lib
@@ -40,16 +41,37 @@ def text(tmp_path, monkeypatch):
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
 
 
-def build(task: str, **changes):
+def config(task: str, **changes):
     values = base.get_config(task, "lightnet")
     part = IMAGES if task == "image_classification" else TEXT
     values.update_from_flattened_dict({**MODEL, **part, **changes})
-    built = tasks.build(from_dict(values.to_dict()))
+    return from_dict(values.to_dict())
+
+
+def build(task: str, **changes):
+    built = tasks.build(config(task, **changes))
     return built, *built.init(jax.random.key(0))
 
 
 def keys(count: int, seed: int = 0):
     return jax.random.split(jax.random.key(seed), count)
+
+
+@pytest.mark.parametrize(
+    "task, changes", [("masked_language_model", {}), ("image_classification", {"drop_path": 0.5})]
+)
+def test_same_losses_on_any_mesh_and_accumulation(text, task, changes):
+    """Their noise (what is masked, which branches are left out) belongs to the examples."""
+    options = {"batch_size": 8, "model.vocab_size": 260, "evaluation.batch_size": 4}
+    options = {
+        k: v for k, v in options.items() if task != "image_classification" or "vocab" not in k
+    }
+    options |= {f"model.{name}": value for name, value in changes.items()}
+    with jax.numpy_dtype_promotion("standard"):  # inside of optax
+        _, losses = train(config(task, **options), 3)
+        for variant in ({"microbatches": 2}, {"mesh.data": 2, "mesh.tensor": 2}):
+            _, found = train(config(task, **options, **variant), 3)
+            np.testing.assert_allclose(found, losses, rtol=1e-5)
 
 
 def test_masked_tokens():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stepping import train
 
 from scanax.configs import base
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
@@ -40,20 +41,6 @@ def config(**changes) -> Config:
     }
     values.update_from_flattened_dict({**small, **changes})
     return from_dict(values.to_dict())
-
-
-def train(config: Config, steps: int = 5, task: Task | None = None):
-    """A few steps from the start: final state and the losses."""
-    task = task or tasks.build(config)
-    mesh, shardings = place(task, config)
-    create = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)
-    state, data = create(), task.train_data(0, 1)
-    step = jit_step(make_step(task, config, mesh), shardings, mesh)
-    losses = []
-    for _ in range(steps):
-        state, metrics = step(state, put_local(next(data), mesh_lib.batch_sharding(mesh)))
-        losses.append(float(metrics["loss"]))
-    return state, losses
 
 
 @pytest.fixture(scope="module", autouse=True)
