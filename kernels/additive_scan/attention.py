@@ -6,7 +6,9 @@ channels of the state, where every weight has n factors.
   S = sum_j softmax_j(k)_j f_j v_j^T  (per key channel, over all T),    o_i = scale * S^T q_i
 
 There is no scan over tokens: the summary is two reductions, taken block by block with a running
-maximum, so that the weights exist for one block at a time only.
+maximum, so that the weights exist for one block at a time only. Blocks are read where they lie: the
+last one begins early enough to be whole, and the tokens that it shares with the one before it count
+once.
 """
 
 import functools
@@ -37,12 +39,15 @@ def _summary(k, v, f, dtype):
 
 
 def _summary_forward(k, v, f, dtype):
-    batch, _, heads, key_dim = k.shape
+    batch, tokens, heads, key_dim = k.shape
     copies = 1 if f is None else f.shape[-1] // key_dim
+    size, number = _blocks(tokens)
 
-    def block(carry, block_inputs):
+    def block(carry, i):
         top_BHK, total_BHK, s_BHLV = carry
-        k_BCHK, v_BCHV, f_BCHL = _cast(block_inputs, dtype)
+        (k_BCHK, v_BCHV, f_BCHL), first = _cast(_read((k, v, f), i, size), dtype), i * size
+        new_C = jnp.minimum(first, tokens - size) + jnp.arange(size, dtype=i.dtype) >= first
+        k_BCHK = jnp.where(new_C[None, :, None, None], k_BCHK, -jnp.inf)
         new_BHK = jnp.maximum(top_BHK, jnp.max(k_BCHK, axis=1))
         finite_BHK = jnp.where(new_BHK == -jnp.inf, 0, new_BHK)
         kept_BHK = jnp.exp(top_BHK - finite_BHK)
@@ -57,7 +62,7 @@ def _summary_forward(k, v, f, dtype):
         jnp.zeros((batch, heads, key_dim), dtype),
         jnp.zeros((batch, heads, copies * key_dim, v.shape[-1]), dtype),
     )
-    (top, total, s), _ = jax.lax.scan(block, start, _blocks(k, v, f))
+    (top, total, s), _ = jax.lax.scan(block, start, number)
     s = s / _tile(jnp.where(total == 0, 1, total), copies)[..., None]
     z = top + jnp.log(total)
     return (s, z), (k, v, f, s, z)
@@ -71,8 +76,10 @@ def _summary_backward(dtype, residuals, cotangents):
     finite_BHK = jnp.where(z_BHK == -jnp.inf, 0, z_BHK)
     through_z_BHK = dz_BHK - over_copies(jnp.sum(ds_BHLV * s_BHLV, axis=-1))
 
-    def block(_, block_inputs):
-        k_BCHK, v_BCHV, f_BCHL = _cast(block_inputs, dtype)
+    size, number = _blocks(k.shape[1])
+
+    def block(gradients, i):
+        k_BCHK, v_BCHV, f_BCHL = _cast(_read((k, v, f), i, size), dtype)
         weight_BCHK = jnp.exp(k_BCHK - finite_BHK[:, None])
         dkey = _einsum("bchv,bhlv->bchl", v_BCHV, ds_BHLV)
         if f is None or f_BCHL is None:
@@ -83,11 +90,12 @@ def _summary_backward(dtype, residuals, cotangents):
             df = (dkey * weights_BCHL).astype(f.dtype)
         dv = _einsum("bchl,bhlv->bchv", keys_BCHL, ds_BHLV)
         dk = weight_BCHK * (dweight + through_z_BHK[:, None])
-        return None, (dk.astype(k.dtype), dv.astype(v.dtype), df)
+        # What two blocks share gets the same gradient from both.
+        new = (dk.astype(k.dtype), dv.astype(v.dtype), df)
+        put = lambda whole, d: jax.lax.dynamic_update_slice_in_dim(whole, d, i * size, axis=1)
+        return jax.tree.map(put, gradients, new), None
 
-    _, gradients = jax.lax.scan(block, None, _blocks(k, v, f))
-    join = lambda d: jnp.moveaxis(d, 0, 1).reshape(k.shape[0], -1, *d.shape[3:])[:, : k.shape[1]]
-    return jax.tree.map(join, gradients)
+    return jax.lax.scan(block, jax.tree.map(jnp.zeros_like, (k, v, f)), number)[0]
 
 
 _summary.defvjp(_summary_forward, _summary_backward)
@@ -106,14 +114,13 @@ def _cast(arrays, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), arrays)  # None stays None
 
 
-def _blocks(k, v, f):
-    """Each [B, T, H, D] -> [X, B, C, H, D], padded with tokens that are not there."""
-    batch, tokens = k.shape[:2]
+def _blocks(tokens: int) -> tuple[int, jax.Array]:
+    """Tokens of a block, and the numbers [X] of the blocks."""
     size = min(BLOCK, tokens)
+    return size, jnp.arange(-(-tokens // size), dtype=jnp.int32)
 
-    def cut(x, fill):
-        padding = ((0, 0), (0, -tokens % size), (0, 0), (0, 0))
-        x = jnp.pad(x, padding, constant_values=fill)
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
-    return cut(k, -jnp.inf), cut(v, 0), None if f is None else cut(f, 0)
+def _read(arrays, i, size: int):
+    """Block i of each [B, T, H, D]: [B, C, H, D]; the last begins where it is still whole."""
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+    return jax.tree.map(part, arrays)  # None stays None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scanax.kernels import additive_attention, additive_scan, additive_step
+from scanax.kernels.additive_scan import attention
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -183,6 +184,16 @@ def test_attention_is_the_last_state_of_the_scan(keys):
         pairs.append((o, pull(jnp.cos(jnp.arange(o.size)).reshape(o.shape))[0]))
     atol = 5e-6 if keys == 1 else 1e-4  # a key of 300 has itself a rounding of 3e-5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), *pairs)
+
+
+@pytest.mark.parametrize("shape", [(1, 65536, 2, 16), (2, 65000, 2, 16)])
+def test_attention_makes_no_second_copy_of_the_keys(shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    forward = lambda k, v: attention.summary(k, v, None, jnp.float32)
+    backward = jax.grad(lambda k, v: forward(k, v)[0].sum(), argnums=(0, 1))
+    for function in (forward, backward):
+        memory = jax.jit(function).lower(x, x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * x.size / 4
 
 
 def test_attention_ignores_order_and_absent_tokens():
