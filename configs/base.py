@@ -12,6 +12,11 @@ code, and which values are valid, stands with the code that reads them:
   LightNetLMConfig, LightNetGridConfig      ImageConfig         train/data/image_sources.py
                     models/lightnet/config.py  MaskedTextConfig
                                                train/tasks/masked_language_model.py
+  VelocityMLPConfig models/rectified_flow/mlp.py
+  NCSNppConfig, SongUNetConfig, DhariwalUNetConfig  models/unet/config.py
+  DiTConfig         models/dit.py           FlowImageConfig     train/data/flow.py
+  ObjectiveConfig, SamplerConfig            MixtureConfig       train/data/mixtures.py
+                    train/tasks/rectified_flow.py
 
 Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """
@@ -36,8 +41,11 @@ def get_config(task: str, family: str = "") -> ml_collections.ConfigDict:
             "batch_size": 64,  # examples per update, over all devices
             "microbatches": 1,  # an update's batch is computed in this many parts
             "max_bad_steps": 10,  # stop after so many non-finite updates in a row
+            "init_from": "",  # a run's folder, whose parameters this run starts from
             "model": _MODEL[task][family](),
             "data": _DATA[task](),
+            "objective": _OBJECTIVE.get(task, dict)(),
+            "sampler": _SAMPLER.get(task, dict)(),
             "optimizer": {
                 "learning_rate": 1e-3,  # peak
                 "schedule": "cosine",  # constant, cosine or wsd, after the warmup
@@ -51,6 +59,7 @@ def get_config(task: str, family: str = "") -> ml_collections.ConfigDict:
                 "decay_mask": "matrices",  # what is decayed: matrices, or all
                 "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
                 "ema_decay": 0.0,  # average of the parameters used for evaluation; 0 = none
+                "ema_start": "warmup",  # how it begins: warmup, constant or halflife
                 "freeze": (),  # regular expressions: parameters that stay as they are...
                 "freeze_from": 0,  # ...from this step on
             },
@@ -317,6 +326,135 @@ def _mlp() -> dict:
     return {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
 
 
+def _velocity_mlp() -> dict:
+    return {
+        "hidden_size": 100,
+        "num_hidden_layers": 2,
+        "dtype": "float32",
+        "param_dtype": "float32",
+    }
+
+
+def _unet() -> dict:
+    return {
+        "image_size": 32,
+        "channels": 3,
+        "model_channels": 96,
+        "channel_mult": (1, 2, 2),  # width of each level
+        "num_blocks": 2,  # residual blocks of a level
+        "attn_resolutions": (16,),
+        "dropout": 0.15,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": False,
+    }
+
+
+def _ncsnpp() -> dict:
+    return {
+        **_unet(),
+        "embedding_type": "positional",  # of the time: positional or fourier
+        "fourier_scale": 16.0,
+        "fir": False,  # halve and double with fir_kernel
+        "fir_kernel": (1.0, 3.0, 3.0, 1.0),
+        "progressive": "none",  # or output_skip
+        "progressive_input": "none",  # or input_skip, residual
+        "skip_rescale": True,
+        "scale_by_sigma": False,
+        "init_scale": 0.0,
+    }
+
+
+def _edm() -> dict:
+    return {
+        **_unet(),
+        "parameterisation": "velocity",  # of the output: velocity, or edm's denoiser
+        "sigma_data": 0.5,
+        "num_classes": 0,  # of the condition; 0 = none
+        "augment_dim": 0,
+        "channel_mult_emb": 4,
+    }
+
+
+def _edm_songunet() -> dict:
+    return {
+        **_edm(),
+        "embedding_type": "positional",
+        "channel_mult_noise": 1,
+        "encoder_type": "standard",  # or residual
+        "resample_filter": (1.0, 1.0),
+    }
+
+
+def _dit() -> dict:
+    return {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_heads": 4,
+        "patch_size": (2, 2),
+        "num_classes": 0,  # of the condition; 0 = none
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": False,
+    }
+
+
+def _lightnet_dit() -> dict:
+    return {
+        **_lightnet(),
+        "patch_size": (2, 2),
+        "num_classes": 0,  # of the condition; 0 = none
+        "learn_sigma": False,
+    }
+
+
+def _flow_images() -> dict:
+    return {
+        **_images(),
+        "start_path": "",  # files: images that the flow starts from; empty = noise
+        "pairs": "",  # a folder of scanax.train.generate_pairs; empty = independent ends
+        "teacher": "",  # of the pairs; empty = init_from
+    }
+
+
+def _mixtures() -> dict:
+    return {
+        "distance": 10.0,  # of the components from the middle
+        "variance": 0.3,
+        "pairs": "",  # a folder of scanax.train.generate_pairs; empty = independent ends
+        "teacher": "",  # of the pairs; empty = init_from
+        "in_memory": True,  # the pairs
+        "eval_fraction": 0.1,  # of the pairs, held out
+        "seed": 0,  # of the points
+    }
+
+
+def _flow_objective() -> dict:
+    return {
+        "loss": "l2",  # l2, root_l2, l1, huber, lpips_huber, ...: models/rectified_flow/losses.py
+        "times": "uniform",  # u_shaped, logit_normal:0:1, t0, k_step:4, ...: .../times.py
+        "eps": 0.0,  # cut-off of the times; 0 = the published one
+        "weight": "uniform",  # of the loss over time: .../losses.py
+        "huber_c": "d",  # 0.00054 d; or sqrt_d, or a number
+        "distance": "",  # for losses with lpips: random_conv, lpips:FILE or piq:FILE
+        "distance_size": "",  # resize images for it: 64 (SlimFlow) or 224 (2-RF++)
+        "annealing": "none",  # fresh noise in pairs: linear:STEPS, exp:STEPS, cos:STEPS, fixed:B
+        "flip": "none",  # mirror pairs as one: example, or batch
+        "teacher": "",  # a flow's folder, for one of the next two
+        "online_steps": 0,  # reflow without stored pairs: Euler steps of the teacher
+        "guidance": 0.0,  # weight of flow-guided distillation
+    }
+
+
+def _flow_sampler() -> dict:
+    return {
+        "recipe": "rf_euler:100",  # models/rectified_flow/recipes.py
+        "invert": "rf_invert_euler:100",  # the way back to noise
+        "features": "classifier",  # of the analysis quality; or classifier:DIR, pixels, pca:D, ...
+        "recipes": ("rf_euler:1", "rf_euler:2", "rf_euler:4", "rf_euler:16", "rf_rk45"),  # likewise
+    }
+
+
 _CAUSAL = {"delta_product": _delta_product, "lightnet": lambda: _lightnet_lm(causal=True)}
 _MODEL = {
     "word_problem": _CAUSAL,
@@ -324,6 +462,14 @@ _MODEL = {
     "language_model": {**_CAUSAL, "rmoe": _rmoe, "rmoe_seq": _rmoe_seq},
     "masked_language_model": {"lightnet": lambda: _lightnet_lm(causal=False)},
     "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid},
+    "rectified_flow": {
+        "ncsnpp": _ncsnpp,
+        "edm_songunet": _edm_songunet,
+        "edm_dhariwal": _edm,
+        "dit": _dit,
+        "lightnet": _lightnet_dit,
+    },
+    "rectified_flow_2d": {"mlp": _velocity_mlp},
 }
 _DATA = {
     "word_problem": _word_problem,
@@ -331,4 +477,8 @@ _DATA = {
     "language_model": _text,
     "masked_language_model": _masked_text,
     "image_classification": _images,
+    "rectified_flow": _flow_images,
+    "rectified_flow_2d": _mixtures,
 }
+_OBJECTIVE = {"rectified_flow": _flow_objective, "rectified_flow_2d": _flow_objective}
+_SAMPLER = {"rectified_flow": _flow_sampler, "rectified_flow_2d": _flow_sampler}

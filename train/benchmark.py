@@ -51,6 +51,7 @@ def training(task: Task, config: Config, steps: int) -> dict[str, float]:
     state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
     step = jit_step(make_step(task, config, mesh), shardings, mesh)
     sharding = mesh_lib.batch_sharding(mesh)
+    given = loop.put_given(task, mesh)
     data = task.train_data(0, 1)
     waited, start, metrics = 0.0, 0.0, None
     for i in range(WARM_UP + steps):
@@ -61,7 +62,7 @@ def training(task: Task, config: Config, steps: int) -> dict[str, float]:
         batch = next(data)
         waited += time.perf_counter() - before
         previous = metrics
-        state, metrics = step(state, loop.put_local(batch, sharding))
+        state, metrics = step(state, loop.put_local(batch, sharding), given)
         jax.block_until_ready(previous)  # as the loop does: one step behind
     jax.block_until_ready(metrics)
     seconds = (time.perf_counter() - start) / steps

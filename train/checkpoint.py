@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from .checksum import tree_checksums
+from .checksum import fingerprint, tree_checksums
 from .config import CheckpointConfig
 from .state import TrainState
 
@@ -147,12 +147,39 @@ class Checkpoints:
 
         return self._newest(read, self._choose(step))
 
+    def restore_params(self, shapes: Any, shardings: Any, average: bool = False) -> Restored:
+        """Only the parameters of the newest undamaged step.
+
+        Args:
+          shapes, shardings: of the parameters.
+          average: their average, where there is one.
+
+        Raises:
+          CheckpointError: if there are none, or they are another model's.
+        """
+
+        def read(step: int) -> Restored:
+            name = "ema" if average and "ema" in self._meta(step)["arrays"] else "params"
+            meta = self._meta(step, (name,))
+            return Restored(step, self._arrays(step, name, meta, shapes, shardings), meta)
+
+        found = self._newest(read, self.steps())
+        if found is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint")
+        return found
+
     def read_meta(self, step: int | None = None) -> tuple[int, Mapping[str, Any]]:
         """Step and ``meta`` (config, data position, versions) of the newest readable step."""
         found = self._newest(lambda s: Restored(s, None, self._meta(s)), self._choose(step))
         if found is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
         return found.step, found.meta
+
+    def fingerprint(self, step: int | None = None) -> str:
+        """Of the parameters that evaluation uses (the average where there is one)."""
+        arrays = self.read_meta(step)[1]["arrays"]
+        used = arrays.get("ema", arrays["params"])
+        return fingerprint({key: entry[2] for key, entry in used.items()})
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk."""

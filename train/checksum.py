@@ -7,6 +7,9 @@ of several words escape with probability about 2^-64. Sums modulo 2^32 are exact
 order, hence the same on every mesh.
 """
 
+from collections.abc import Mapping
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -21,6 +24,12 @@ def tree_checksums(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{pair[0]:08x}{pair[1]:08x}"
         for path, pair in jax.tree_util.tree_leaves_with_path(sums)
     }
+
+
+def fingerprint(checksums: Mapping[str, str]) -> str:
+    """One name, 16 hexadecimal digits, for a tree of arrays: of what ``tree_checksums`` returns."""
+    text = json.dumps(sorted(checksums.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from .mesh import MeshConfig
 from .optimizer import OptimizerConfig, check_schedule
 
 # Keys that decide how a run is executed, not what it computes: free to change on resume.
-FREE_ON_RESUME = ("checkpoint", "log", "mesh", "microbatches", "evaluation.every_steps")
+FREE_ON_RESUME = ("checkpoint", "log", "mesh", "microbatches", "evaluation.every_steps", "sampler")
 
 
 class ConfigError(ValueError):
@@ -96,7 +96,10 @@ class Config:
       batch_size: examples per update, over all devices and microbatches.
       microbatches: parts that an update's batch is computed in; gradients are accumulated.
       max_bad_steps: non-finite updates in a row after which the run stops.
-      model, data: validated by the task, which knows their keys.
+      init_from: a run's folder; its newest parameters (not their average) are where a new run
+        starts; empty for the parameters that ``seed`` draws.
+      model, data, objective, sampler: validated by the task, which knows their keys: what is
+        trained, on what, for what, and how samples are drawn from it.
       optimizer, evaluation, checkpoint, mesh, log: see their classes.
     """
 
@@ -107,8 +110,11 @@ class Config:
     batch_size: int
     microbatches: int
     max_bad_steps: int
+    init_from: str
     model: Mapping[str, Any]
     data: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    sampler: Mapping[str, Any]
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
@@ -164,6 +170,26 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"invalid config: {error}") from error
+
+
+def replaced(values: Mapping[str, Any], new: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A group of the config with other values; texts become numbers where there were numbers.
+
+    Raises:
+      ConfigError: for an unknown key, or a text that is no such number.
+    """
+    result = dict(values)
+    for key, value in new.items():
+        if key not in values:
+            raise ConfigError(unknown_key(_join(path, key), [_join(path, n) for n in values]))
+        kind = type(values[key])
+        if isinstance(value, str) and kind in (int, float):
+            try:
+                value = kind(value)
+            except ValueError:
+                raise ConfigError(f"{_join(path, key)} must be a number, got {value!r}") from None
+        result[key] = value
+    return result
 
 
 def unknown_key(key: str, known: list[str]) -> str:

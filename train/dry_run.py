@@ -33,8 +33,12 @@ def dry_run(task: Task, config: Config, topology: str = "") -> None:
     state = jax.tree.map(place, shapes, shardings)
     batch_sharding = mesh_lib.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: place(x, batch_sharding), dict(task.batch_spec))
+    whole = mesh_lib.replicated(mesh)
+    given = jax.tree.map(lambda x: place(x, whole), task.given())
     compiled = (
-        jit_step(make_step(task, config, mesh), shardings, mesh).lower(state, batch).compile()
+        jit_step(make_step(task, config, mesh), shardings, mesh)
+        .lower(state, batch, given)
+        .compile()
     )
 
     print(f"mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")

@@ -16,6 +16,7 @@ from .config import ConfigError
 from .mesh import make_mesh
 
 flags_lib.define_workdir()
+flags_lib.define_sampler()
 STEP = flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
 ANALYSIS = flags.DEFINE_string("analysis", "", "Instead of the metrics, one of the task's.")
 ROWS = flags.DEFINE_integer("rows", 0, "Of an analysis; 0 = its default.", lower_bound=0)
@@ -24,7 +25,7 @@ LENGTH = flags.DEFINE_integer("length", 0, "Tokens per row; 0 = its default.", l
 
 def main() -> None:
     workdir = flags_lib.workdir()
-    run = run_lib.load(workdir, STEP.value)
+    run = run_lib.load(workdir, STEP.value, sampler=flags_lib.sampler())
     if ANALYSIS.value:
         analyse(run, workdir / "eval" / f"{run.step:08d}" / ANALYSIS.value)
         return

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 import numpy as np
+from PIL import Image
 
 from . import mesh as mesh_lib, plots, state as state_lib
 from .config import Config, ConfigError
@@ -114,7 +115,11 @@ def put_global(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array
 def write_report(
     task: Task, config: Config, folder: pathlib.Path, means: Means, params: Any, extra: Any
 ) -> str:
-    """Writes metrics.json, arrays, the curve and samples; returns the samples' text."""
+    """Writes metrics.json, arrays, the curve and samples.
+
+    Returns:
+      The samples' text, or where the picture of them is; "" without samples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scalars = {name: float(x) for name, x in means.items() if x.ndim == 0}
     curves = {name: x for name, x in means.items() if x.ndim > 0}
@@ -125,13 +130,21 @@ def write_report(
         plots.write_curve(task.curve, means[task.curve.metric], folder.parents[1].name, folder)
     if not config.evaluation.samples:
         return ""
-    text = draw_samples(task, params, extra, config.evaluation.seed, config.evaluation.samples)
-    (folder / "samples.txt").write_text(text + "\n")
-    return text
+    drawn = draw_samples(task, params, extra, config.evaluation.seed, config.evaluation.samples)
+    if isinstance(drawn, str):
+        (folder / "samples.txt").write_text(drawn + "\n")
+        return drawn
+    return write_picture(drawn, folder / "samples.png")
 
 
-def draw_samples(task: Task, params: Any, extra: Any, seed: int, number: int) -> str:
-    """Samples of the task as text for people; empty if it has none."""
+def draw_samples(task: Task, params: Any, extra: Any, seed: int, number: int) -> str | np.ndarray:
+    """Samples of the task as text or a picture for people; empty if it has none."""
     if task.sample is None or task.render is None:
         return ""
     return task.render(task.sample(params, extra, jax.random.key(seed), number))
+
+
+def write_picture(picture: np.ndarray, path: pathlib.Path) -> str:
+    """Writes a PNG of uint8 [H, W] or [H, W, 3]; returns a line that says so."""
+    Image.fromarray(picture).save(path)
+    return f"samples drawn in {path}"

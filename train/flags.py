@@ -41,6 +41,22 @@ def define_workdir():
     return flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, pictures.")
 
 
+def define_sampler():
+    """Defines --sampler KEY=VALUE, once or more, in place of the config's ``sampler``."""
+    return flags.DEFINE_multi_string("sampler", [], "KEY=VALUE: instead of the config's sampler.")
+
+
+def sampler() -> dict[str, str]:
+    """The values of --sampler, as they were written."""
+    given = {}
+    for text in flags.FLAGS["sampler"].value:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--sampler {text} should look like KEY=VALUE")
+        given[key] = value
+    return given
+
+
 def launch(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
     """Parses the command line and runs ``main``; exit code 2 for a user's mistake.
 

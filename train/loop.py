@@ -12,6 +12,7 @@ Per step, in this order (do not change it):
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -19,6 +20,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import evaluation, mesh as mesh_lib, state as state_lib
@@ -73,19 +75,21 @@ def train(
     mesh, shardings = place(task, config)
     goal = evaluation.stop_condition(task, config)
     check_workdir(workdir, config, allow_config_change)
+    shapes = state_lib.shapes(task, config)
+    found = starting_params(config, workdir, shapes, shardings)
+    given = put_given(task, mesh)
     data = task.train_data(jax.process_index(), jax.process_count())
 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         write_config(workdir, config)
-    shapes = state_lib.shapes(task, config)
     logger.info("%s\n%s", dict(mesh.shape), param_table(task, shapes, shardings))
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     restored = checkpoints.restore(shapes, shardings)
     if restored is not None:
         _continue(data, restored, allow_data_change)
-    state, first_step = _start(task, config, shardings, restored)
+    state, first_step = _start(task, config, shardings, restored, found)
     write_config(workdir, config)  # a changed config replaces the old one once it has worked
     step_fn = jit_step(make_step(task, config, mesh), shardings, mesh)
     watch = CompilationWatch(step_fn, "the training step")
@@ -126,7 +130,7 @@ def train(
             batch = put_local(next(data), batch_sharding)
             trace.before(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = watch(state, batch)
+                state, metrics = watch(state, batch, given)
             trace.after(step, state)
             step += 1
             flush()
@@ -197,6 +201,31 @@ def put_local(batch: Mapping[str, np.ndarray], sharding) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
+def starting_params(
+    config: Config, workdir: pathlib.Path, shapes: TrainState, shardings: TrainState
+) -> Any:
+    """The parameters in ``config.init_from``; None without one, or once the run has begun.
+
+    Raises:
+      CheckpointError: if there are none, or they are another model's.
+    """
+    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):
+        return None
+    try:
+        source = Checkpoints(pathlib.Path(config.init_from))
+        found = source.restore_params(shapes.params, shardings.params)
+        source.close()
+    except CheckpointError as error:
+        raise CheckpointError(f"config.init_from: {error}") from error
+    logger.info("starting from the parameters of %s, step %d", config.init_from, found.step)
+    return found.value
+
+
+def put_given(task: Task, mesh: jax.sharding.Mesh) -> Any:
+    """What ``task.given`` returns, on every device."""
+    return jax.device_put(task.given(), mesh_lib.replicated(mesh))
+
+
 def _continue(data, restored: Restored, allow_data_change: bool) -> None:
     """Sets the data to the checkpoint's position."""
     try:
@@ -209,12 +238,17 @@ def _continue(data, restored: Restored, allow_data_change: bool) -> None:
     logger.info("continuing from step %d", restored.step)
 
 
-def _start(task: Task, config: Config, shardings: TrainState, restored: Restored | None):
-    """The state to start from and its step."""
+def _start(
+    task: Task, config: Config, shardings: TrainState, restored: Restored | None, params: Any
+):
+    """The state to start from and its step; ``params`` are those of a new run, if they are given."""
     if restored is not None:
         return restored.value, restored.step
     start = time.perf_counter()
     state = jax.jit(lambda: state_lib.create(task, config), out_shardings=shardings)()
+    if params is not None:
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+        state = dataclasses.replace(state, params=params, ema=ema)
     jax.block_until_ready(state.step)
     logger.info("parameters initialised in %.1f s", time.perf_counter() - start)
     return state, 0

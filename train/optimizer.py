@@ -16,6 +16,7 @@ import optax
 
 SCHEDULES = ("constant", "cosine", "wsd")
 DECAY_MASKS = ("matrices", "all")
+EMA_STARTS = ("warmup", "constant", "halflife")
 STACKED = ("layers", "experts")  # logical axes of parameters that are many of a kind
 
 
@@ -34,8 +35,11 @@ class OptimizerConfig:
       decay_mask: "matrices" decays parameters with two or more axes, not counting those along
         which layers or experts lie behind each other; "all" every one.
       clip_norm: largest global gradient norm; 0 turns clipping off.
-      ema_decay: of the parameter average (with warm-up: at most (1 + step) / (10 + step));
-        0 turns the average off.
+      ema_decay: of the parameter average; 0 turns the average off.
+      ema_start: how the average forgets the first parameters: "warmup", a decay of at most
+        (1 + step) / (10 + step) (score SDE, rectified flow, SlimFlow); "constant", the parameters
+        after the second update and the full decay from then on (2-RF++); or "halflife", a
+        half-life of at most a twentieth of the updates so far (EDM).
       freeze: regular expressions; parameters in whose path one is found, for example
         "layers/moe/router_head", are not updated...
       freeze_from: ...from this step on.
@@ -53,11 +57,13 @@ class OptimizerConfig:
     decay_mask: str
     clip_norm: float
     ema_decay: float
+    ema_start: str
     freeze: tuple[str, ...]
     freeze_from: int
 
     def __post_init__(self):
-        for name, allowed in (("schedule", SCHEDULES), ("decay_mask", DECAY_MASKS)):
+        choices = (("schedule", SCHEDULES), ("decay_mask", DECAY_MASKS), ("ema_start", EMA_STARTS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"optimizer.{name} must be one of {', '.join(allowed)};"
@@ -149,6 +155,10 @@ def frozen(patterns: Sequence[str], param_axes: Any) -> Any:
 
 
 def ema_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """Decay of the parameter average at a step; small at first, so that it forgets the start."""
+    """Decay of the parameter average in the update of a step: how much of the old one stays."""
     step = step.astype(jnp.float32)
+    if config.ema_start == "constant":
+        return jnp.where(step < 2, 0.0, config.ema_decay)
+    if config.ema_start == "halflife":
+        return jnp.minimum(config.ema_decay, 0.5 ** (20 / (step + 1)))
     return jnp.minimum(config.ema_decay, (1 + step) / (10 + step))

@@ -1,5 +1,6 @@
 """Training and reloading from Python: what notebooks use, and evaluation."""
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 from typing import Any
@@ -8,7 +9,7 @@ import ml_collections
 
 from . import loop, state as state_lib, tasks
 from .checkpoint import CheckpointError, Checkpoints
-from .config import Config, from_dict
+from .config import Config, from_dict, replaced
 from .task import Task
 
 
@@ -58,21 +59,32 @@ def train(
     return Run(frozen, task, state.eval_params, state.extra, int(state.step))
 
 
-def load(workdir: str | pathlib.Path, step: int | None = None, **mesh: int) -> Run:
+def load(
+    workdir: str | pathlib.Path,
+    step: int | None = None,
+    *,
+    sampler: Mapping[str, Any] | None = None,
+    **mesh: int,
+) -> Run:
     """Loads the newest undamaged checkpoint of a run, or the one of ``step``.
 
     Args:
       workdir: the ``--workdir`` of the training run. It is only read.
       step: a saved step; None for the newest.
+      sampler: keys of the config's ``sampler`` with other values; texts are read as the type that
+        is asked for.
       **mesh: devices per mesh axis, for example ``fsdp=4``; one device by default, whatever
         the run was trained on.
 
     Raises:
       CheckpointError: if there is nothing to load, or it is damaged; names the steps there are.
+      ConfigError: if the sampler has no such key, or no such value.
     """
     checkpoints = Checkpoints(pathlib.Path(workdir))
     saved = dict(checkpoints.read_meta(step)[1]["config"])
-    config = from_dict({**saved, "mesh": {**dict.fromkeys(saved["mesh"], 1), **mesh}})
+    saved["mesh"] = {**dict.fromkeys(saved["mesh"], 1), **mesh}
+    saved["sampler"] = replaced(saved["sampler"], sampler or {}, "sampler")
+    config = from_dict(saved)
     task = tasks.build(config)
     _, shardings = loop.place(task, config)
     shapes = state_lib.shapes(task, config)

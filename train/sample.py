@@ -2,6 +2,10 @@
 
   python -m scanax.train.sample --workdir runs/s3 [--num N] [--seed S] [--step N]
 
+Flows draw a picture, with the run's sampler or another:
+
+  python -m scanax.train.sample --workdir runs/flow --sampler recipe=rf_euler:1 [--out one.png]
+
 Language models continue prompts, of any number and any lengths, --num times each:
 
   python -m scanax.train.sample --workdir runs/lm --prompt "It was" --prompt_file letter.txt \\
@@ -18,9 +22,11 @@ from . import evaluation, flags as flags_lib, run as run_lib
 from .config import ConfigError
 
 flags_lib.define_workdir()
+flags_lib.define_sampler()
 STEP = flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
 NUM = flags.DEFINE_integer("num", None, "Samples; of each prompt, if there are any.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+OUT = flags.DEFINE_string("out", "", "The PNG of samples that are pictures; else in the workdir.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeat it for more.")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file with a text to continue.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens per sample.", lower_bound=1)
@@ -49,11 +55,17 @@ def main() -> None:
         )
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
-    run = run_lib.load(workdir, STEP.value)
+    run = run_lib.load(workdir, STEP.value, sampler=flags_lib.sampler())
     if run.task.sample is None:
         raise ConfigError(f"task {run.config.task} has nothing to sample")
     if not options:
-        print(evaluation.draw_samples(run.task, run.params, run.extra, SEED.value, NUM.value or 16))
+        drawn = evaluation.draw_samples(
+            run.task, run.params, run.extra, SEED.value, NUM.value or 16
+        )
+        if not isinstance(drawn, str):
+            path = pathlib.Path(OUT.value or workdir / f"samples_{run.step:08d}.png")
+            drawn = evaluation.write_picture(drawn, path)
+        print(drawn)
         return
     if run.task.complete is None:
         raise ConfigError(f"task {run.config.task} does not take --{options[0]}")

@@ -25,8 +25,8 @@ Metrics = dict[str, jax.Array]
 
 def make_step(
     task: Task, config: Config, mesh: Mesh
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """Builds the step.
+) -> Callable[[TrainState, Mapping[str, jax.Array], Any], tuple[TrainState, Metrics]]:
+    """Builds the step: (state, batch, what ``task.given`` returned) -> (state, metrics).
 
     The returned metrics are scalars ("loss", "grad_norm", "update_norm", "learning_rate",
     "skipped", "bad_steps" and the task's), and "finite_gradients": one bool per parameter.
@@ -42,9 +42,9 @@ def make_step(
         zero = lambda x, a, b: jnp.zeros_like(x) if a else jnp.where(moves, x, 0) if b else x
         return jax.tree.map(zero, tree, always, later)
 
-    def step(state: TrainState, batch: Mapping[str, jax.Array]):
+    def step(state: TrainState, batch: Mapping[str, jax.Array], given: Any):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for models that ask for it
-            loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch)
+            loss, grads, extra, metrics = _gradients(task, config, mesh, state, batch, given)
         extra = task.settle(extra)
         grads = unfrozen(grads, state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -87,7 +87,7 @@ def jit_step(step, state_shardings: TrainState, mesh: Mesh):
     batch, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
     return jax.jit(
         step,
-        in_shardings=(state_shardings, batch),
+        in_shardings=(state_shardings, batch, whole),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
     )
@@ -109,7 +109,7 @@ def microbatches(tree: Any, count: int, mesh: Mesh) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch):
+def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch, given):
     """Mean loss, mean gradients in float32 or better, new extra, mean metrics."""
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
     wide = lambda x: x.astype(accumulation_dtype(x.dtype))
@@ -118,7 +118,8 @@ def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch)
 
     def microbatch(extra, rows, batch, index):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, index)  # one per example
-        return value_and_grad(state.params, {**extra, **rows}, batch, keys)
+        extra = {**extra, **rows, **({"given": given} if given else {})}
+        return value_and_grad(state.params, extra, batch, keys)
 
     def accumulate(carry, inputs):
         extra, sums = carry
@@ -144,9 +145,9 @@ def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch)
 
 
 def _rows_apart(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of the run, and that of the batch's rows."""
+    """The state of the run, and that of the batch's rows; without what was given."""
     rows = {name: tree for name, tree in extra.items() if name == "rows"}
-    return {name: tree for name, tree in extra.items() if name != "rows"}, rows
+    return {name: tree for name, tree in extra.items() if name not in ("rows", "given")}, rows
 
 
 def _together(parts: Any, mesh: Mesh) -> Any:

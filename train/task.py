@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Aux(NamedTuple):
@@ -65,12 +66,14 @@ class Task:
         array (a curve).
       frozen: regular expressions; parameters in whose path one is found are never updated.
       settle: (extra) -> extra, once an update, when all its microbatches are through.
+      given: () -> arrays that ``loss`` finds under "given" in ``extra`` and that are neither
+        changed nor saved: read anew, host side, whenever a run starts or continues.
       train_data: (process_index, process_count) -> a checkpointable iterator of this
         process's part of each batch, as numpy arrays.
       eval_data: (index of the batch) -> one global evaluation batch, always the same; None
         after the last one.
       sample: (params, extra, key, n) -> samples, or None if the family has none.
-      render: (samples) -> text for people.
+      render: (samples) -> text for people, or a picture, uint8 [H, W] or [H, W, 3].
       complete: (params, extra, key, prompts, *, sampling, max_tokens, stops, stop_at_end) ->
         ``scanax.models.generation.Generated``; None if the family does not continue texts.
       decode: tokens -> text, for what ``complete`` returns.
@@ -89,8 +92,9 @@ class Task:
     eval_data: Callable[[int], Mapping[str, Any] | None]
     frozen: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
+    given: Callable[[], Any] = dict
     sample: Callable[..., Any] | None = None
-    render: Callable[[Any], str] | None = None
+    render: Callable[[Any], str | np.ndarray] | None = None
     complete: Callable[..., Any] | None = None
     decode: Callable[[Any], str] | None = None
     curve: Curve | None = None

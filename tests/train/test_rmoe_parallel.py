@@ -66,7 +66,7 @@ def train(c: Config):
     data, sharding = task.train_data(0, 1), mesh_lib.batch_sharding(mesh)
     found = []
     for _ in range(c.num_steps):
-        state, metrics = step(state, loop.put_local(next(data), sharding))
+        state, metrics = step(state, loop.put_local(next(data), sharding), {})
         found.append(
             [float(metrics[n]) for n in ("loss", "balance_loss", "grad_norm") if n in metrics]
         )

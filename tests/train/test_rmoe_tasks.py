@@ -140,7 +140,7 @@ def run(config, steps: int):
     with jax.numpy_dtype_promotion("standard"):  # inside of optax
         for _ in range(steps):
             batch = loop.put_local(next(data), mesh_lib.batch_sharding(mesh))
-            state, _ = step(state, batch)
+            state, _ = step(state, batch, {})
             found.append(jax.device_get(state.params))
     return found
 

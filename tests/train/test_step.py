@@ -137,15 +137,15 @@ def test_a_bad_batch_changes_nothing_but_the_counters(poison):
     state = jax.jit(lambda: state_lib.create(task, c), out_shardings=shardings)()
     step = jit_step(make_step(task, c, mesh), shardings, mesh)
     data, sharding = task.train_data(0, 1), mesh_lib.batch_sharding(mesh)
-    state, _ = step(state, put_local(next(data), sharding))
+    state, _ = step(state, put_local(next(data), sharding), {})
     before = jax.device_get(jax.tree.map(jnp.copy, (state.params, state.ema, state.opt_state)))
     bad = {name: np.copy(x) for name, x in next(data).items()}
     bad["ids"][0, 0] = -1
-    state, metrics = step(state, put_local(bad, sharding))
+    state, metrics = step(state, put_local(bad, sharding), {})
     chex.assert_trees_all_equal(before, jax.device_get((state.params, state.ema, state.opt_state)))
     assert (int(state.step), int(state.skipped), int(state.bad_steps)) == (2, 1, 1)
     assert not np.isfinite(metrics["loss"])
-    state, metrics = step(state, put_local(next(data), sharding))
+    state, metrics = step(state, put_local(next(data), sharding), {})
     assert (int(state.skipped), int(state.bad_steps)) == (1, 0)
     assert np.isfinite(metrics["loss"]) and bool(metrics["finite_gradients"].all())
 

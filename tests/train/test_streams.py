@@ -77,7 +77,7 @@ def train(c, steps: int):
     data, losses, batches = task.train_data(0, 1), [], []
     for _ in range(steps):
         batches.append(next(data))
-        state, metrics = step(state, put_local(batches[-1], mesh_lib.batch_sharding(mesh)))
+        state, metrics = step(state, put_local(batches[-1], mesh_lib.batch_sharding(mesh)), {})
         losses.append(float(metrics["loss"]))
     return losses, batches, state
 

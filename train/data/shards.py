@@ -4,7 +4,7 @@ Shards are made in parallel and renamed when whole, so that an interrupted prepa
 with those that are missing. The command is ``prepare.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import concurrent.futures
 import dataclasses
 import functools
@@ -56,19 +56,18 @@ def prepare(plan: Plan, name: str, data_dir: pathlib.Path, workers: int) -> dict
     Raises:
       DataError: if the input cannot be used, or the folder holds the shards of another plan.
     """
-    import tensorflow_datasets as tfds
-
     folder = data_dir / name / "1.0.0"
     tokenizer = tokenizers.load(plan.tokenizer, ()) if plan.tokenizer else None
     if tokenizer is not None and tokenizer.end is None:
         raise DataError(f"--tokenizer {plan.tokenizer} has no end-of-document token")
     features, metadata = _features(plan, tokenizer)
-    _claim(folder, plan)
+    described = {**dataclasses.asdict(plan), "input": _fingerprint(plan)}
+    claim(folder, PLAN, described, "--name or --data_dir")
     todo = [
         (split, shard)
         for split in plan.paths
         for shard in range(plan.shards)
-        if not _shard(folder, name, split, shard, plan.shards).exists()
+        if not shard_path(folder, name, split, shard, plan.shards).exists()
     ]
     # Processes, not threads: tokenising and hashing hold the interpreter's lock.
     context = multiprocessing.get_context("spawn")
@@ -81,7 +80,35 @@ def prepare(plan: Plan, name: str, data_dir: pathlib.Path, workers: int) -> dict
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    counts = {split: _counts(folder, name, split, plan.shards) for split in plan.paths}
+    description = f"Prepared by scanax from {', '.join(plan.paths.values())}"
+    shards = dict.fromkeys(plan.paths, plan.shards)
+    return write_metadata(folder, name, features, shards, metadata, description)
+
+
+def write_metadata(
+    folder: pathlib.Path,
+    name: str,
+    features: Any,
+    shards: Mapping[str, int],
+    metadata: Mapping[str, Any],
+    description: str,
+) -> dict[str, int]:
+    """Writes what TFDS reads beside the shards.
+
+    Args:
+      folder: of the dataset.
+      name: of the dataset.
+      features: of a record, of TFDS.
+      shards: split -> files it consists of; they exist.
+      metadata: what a reader must know beside them; JSON.
+      description: for people.
+
+    Returns:
+      Split -> number of records.
+    """
+    import tensorflow_datasets as tfds
+
+    counts = {split: _counts(folder, name, split, number) for split, number in shards.items()}
     infos = [
         tfds.core.SplitInfo(
             name=split,
@@ -102,9 +129,41 @@ def prepare(plan: Plan, name: str, data_dir: pathlib.Path, workers: int) -> dict
         split_infos=infos,
         check_data=False,  # the check needs TensorFlow
         metadata=tfds.core.MetadataDict(metadata),
-        description=f"Prepared by scanax from {', '.join(plan.paths.values())}",
+        description=description,
     )
     return {split: sum(lengths) for split, lengths in counts.items()}
+
+
+def serialiser(features: Any) -> Callable[[Mapping[str, Any]], bytes]:
+    """(record) -> its bytes, as TFDS encodes the features."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    serialise = ExampleSerializer(features.get_serialized_info()).serialize_example
+    return lambda record: serialise(features.encode_example(record))
+
+
+def write_records(path: pathlib.Path, records: Iterable[bytes]) -> int:
+    """A shard, written beside its place and renamed when whole, unless it is empty.
+
+    Returns:
+      The number of records.
+    """
+    from array_record.python import array_record_module  # pyright: ignore
+
+    draft = path.with_name(f"{path.name}.tmp")
+    writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")
+    count = 0
+    try:
+        for record in records:
+            writer.write(record)
+            count += 1
+    finally:
+        writer.close()
+    if count:
+        draft.replace(path)
+    else:
+        draft.unlink()
+    return count
 
 
 def _features(plan: Plan, tokenizer: tokenizers.Tokenizer | None) -> tuple[Any, dict[str, Any]]:
@@ -130,27 +189,13 @@ def _features(plan: Plan, tokenizer: tokenizers.Tokenizer | None) -> tuple[Any, 
 
 
 def _write_shard(plan: Plan, folder: pathlib.Path, name: str, split: str, shard: int) -> None:
-    """One shard, written beside its place and renamed. Runs in a process of its own."""
-    from array_record.python import array_record_module  # pyright: ignore
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
+    """One shard. Runs in a process of its own."""
     tokenizer = tokenizers.load(plan.tokenizer, ()) if plan.tokenizer else None
-    features, _ = _features(plan, tokenizer)
-    serialiser = ExampleSerializer(features.get_serialized_info())
-    path = _shard(folder, name, split, shard, plan.shards)
-    draft = path.with_name(f"{path.name}.tmp")
-    writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")
-    count = 0
-    try:
-        for record in _records(plan, plan.paths[split], shard, tokenizer):
-            writer.write(serialiser.serialize_example(features.encode_example(record)))
-            count += 1
-    finally:
-        writer.close()
-    if not count:
-        draft.unlink()
+    encode = serialiser(_features(plan, tokenizer)[0])
+    path = shard_path(folder, name, split, shard, plan.shards)
+    records = _records(plan, plan.paths[split], shard, tokenizer)
+    if not write_records(path, map(encode, records)):
         raise DataError(f"shard {shard} of {split} would be empty: use fewer --shards")
-    draft.replace(path)
 
 
 def _records(
@@ -194,7 +239,10 @@ def _classes(path: str) -> list[str]:
     return sorted({label for label, _ in _labelled(path)} - {""})
 
 
-def _shard(folder: pathlib.Path, name: str, split: str, shard: int, shards: int) -> pathlib.Path:
+def shard_path(
+    folder: pathlib.Path, name: str, split: str, shard: int, shards: int
+) -> pathlib.Path:
+    """Where TFDS looks for a shard."""
     return folder / f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
@@ -203,30 +251,39 @@ def _counts(folder: pathlib.Path, name: str, split: str, shards: int) -> list[in
 
     counts = []
     for shard in range(shards):
-        path = _shard(folder, name, split, shard, shards)
+        path = shard_path(folder, name, split, shard, shards)
         reader = array_record_module.ArrayRecordReader(str(path))
         counts.append(reader.num_records())
         reader.close()
     return counts
 
 
-def _claim(folder: pathlib.Path, plan: Plan) -> None:
-    """Notes the plan and the input in the folder, or checks that they are the same."""
-    described = {**dataclasses.asdict(plan), "input": _fingerprint(plan)}
-    note = folder / PLAN
-    if note.exists():
-        if json.loads(note.read_text()) != described:
+def claim(folder: pathlib.Path, note: str, described: Mapping[str, Any], how: str) -> None:
+    """Notes in the folder what its records are made of, or checks that it is the same.
+
+    Args:
+      folder: of the dataset.
+      note: name of the file.
+      described: what decides the records; JSON.
+      how: the flags that choose another folder, for the message.
+
+    Raises:
+      DataError: if the folder holds something else.
+    """
+    path = folder / note
+    if path.exists():
+        if json.loads(path.read_text()) != described:
             raise DataError(
-                f"{folder} holds a dataset of other settings or another input (see {note.name}):"
-                " give another --name or --data_dir, or remove it"
+                f"{folder} holds a dataset of other settings or another input (see {note}):"
+                f" give another {how}, or remove it"
             )
         return
     if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty: give another --name or --data_dir")
+        raise DataError(f"{folder} is not empty: give another {how}")
     folder.mkdir(parents=True, exist_ok=True)
-    draft = note.with_name(f"{note.name}.tmp")
+    draft = path.with_name(f"{note}.tmp")
     draft.write_text(json.dumps(described, indent=2) + "\n")
-    draft.replace(note)
+    draft.replace(path)
 
 
 def _fingerprint(plan: Plan) -> str:

@@ -9,6 +9,7 @@ from . import (
     image_classification,
     language_model,
     masked_language_model,
+    rectified_flow,
     word_problem,
 )
 
@@ -18,6 +19,8 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "language_model": language_model.build,
     "masked_language_model": masked_language_model.build,
     "image_classification": image_classification.build,
+    "rectified_flow": rectified_flow.build_images,
+    "rectified_flow_2d": rectified_flow.build_points,
 }
 
 

@@ -1,0 +1,252 @@
+"""What a trained flow is worth: quality over evaluations, geometry, and what its reverse is good for.
+
+Dimensions: N samples, S states of a trajectory.
+
+Every function is an analysis of a Task: (flow, params, extra, folder, rows, length) -> a summary;
+it writes its figures as JSON and its pictures into the folder. ``rows`` is how many samples are
+drawn, ``length`` how many steps a solver makes where the analysis has no recipe for it.
+"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ..models.rectified_flow import geometry as geometry_lib, recipe
+from . import flow_pictures as pictures, metrics
+from .config import ConfigError
+from .quantise import quantise
+
+logger = logging.getLogger("scanax")
+SEED = 17  # of the noise that the analyses share
+SHOWN = 64  # samples in a picture
+BATCH = 256
+
+
+def quality(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """Distances between samples and real images for each of ``sampler.recipes``; a picture of each.
+
+    Samples are compared with so many real images of the training part: 2,048, or all.
+    """
+    del extra, length
+    folder.mkdir(parents=True, exist_ok=True)
+    real = flow.data.real(rows or 2048, training=True)
+    extractor = _extractor(flow, folder, real)
+    reports, names = [], []
+    for text in flow.sampler.recipes:
+        samples, nfe = draw(flow, params, len(real), text)
+        levels = quantise(samples)
+        report = metrics.evaluate(real, levels.images, extractor)
+        reports.append({**report, "recipe": text, "nfe": nfe, "clipped": levels.clipped})
+        names.append(f"{text} ({nfe:g})")
+        picture = pictures.images(samples[:SHOWN])
+        _save(picture, folder / f"{text.replace(':', '_')}.png")
+    (folder / "quality.json").write_text(json.dumps(reports, indent=2) + "\n")
+    curve = {"Frechet distance": [r["frechet_distance"] for r in reports]}
+    x = [r["nfe"] for r in reports]
+    label = f"of {extractor.name.split(':')[0]} features"
+    pictures.lines(x, curve, "evaluations of the velocity", label, folder / "quality.png")
+    return metrics.table(reports, names)
+
+
+def geometry(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """Straightness, transport cost before and after, and the identity that ties them to the loss.
+
+    Of 2,048 samples (``rows``) and 100 Euler steps (``length``).
+    """
+    del extra
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.arange(rows or 2048)
+    text = f"euler:{length or 100}"
+    x0, labels, _ = flow.starts(numbers, jax.random.key(SEED))
+    x1, _ = flow.data.ends(numbers, training=False)
+    if flow.data.pairs is not None:
+        pairs = flow.data.pairs.batch(numbers % len(flow.data.pairs), numbers)
+        x0, x1, labels = (jnp.asarray(pairs[n]) for n in ("x0", "x1", "labels"))
+    x1 = jnp.asarray(x1)
+    found = {"samples": len(numbers), "solver": text}
+    sums = {n: 0.0 for n in ("straightness", "mean_straightness", "crossing")}
+    costs = {f"{c}_{n}": 0.0 for c in geometry_lib.COSTS for n in ("pairs", "flow")}
+    for part in _parts(len(numbers)):
+        path = flow.solve(params, x0[part], labels[part], text, trajectory=True).trajectory
+        v = flow.velocity(params, labels[part])
+        sums["straightness"] += float(jnp.sum(geometry_lib.straightness(path, recipe(text).grid)))
+        sums["mean_straightness"] += float(jnp.sum(geometry_lib.mean_straightness(path)))
+        crossing = geometry_lib.crossing(v, x0[part], x1[part], len(path) - 1)
+        sums["crossing"] += float(jnp.sum(crossing))
+        for cost in geometry_lib.COSTS:
+            for name, end in (("pairs", x1[part]), ("flow", path[-1])):
+                total = jnp.sum(geometry_lib.transport_cost(path[0], end, cost))
+                costs[f"{cost}_{name}"] += float(total)
+    found |= {name: value / len(numbers) for name, value in (sums | costs).items()}
+    found["cost_saved"] = found["squared_pairs"] - found["squared_flow"]
+    found["straightness_and_crossing"] = found["straightness"] + found["crossing"]
+    (folder / "geometry.json").write_text(json.dumps(found, indent=2) + "\n")
+    return "\n".join(f"{name} {value}" for name, value in found.items())
+
+
+def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """How much of the target's modes one, two, ten and all steps reach; trajectories as a picture."""
+    del extra
+    folder.mkdir(parents=True, exist_ok=True)
+    number, steps = rows or 10_000, length or 100
+    x0, labels, _ = flow.starts(np.arange(number), jax.random.key(SEED))
+    means = flow.data.config.means()[1]
+    radius = 3 * flow.data.config.variance**0.5
+    found, ends = {"samples": number}, {}
+    for n in (1, 2, 10, steps):
+        ends[n] = np.asarray(flow.solve(params, x0, labels, f"euler:{n}").x)
+        distance = np.linalg.norm(ends[n][:, None] - means[None], axis=-1).min(axis=1)
+        found[f"within_3_sigma_{n}"] = float(np.mean(distance < radius))
+    found["rmse_one_step"] = float(np.sqrt(np.mean(np.sum((ends[1] - ends[steps]) ** 2, axis=1))))
+    path = flow.solve(params, x0[:200], labels[:200], f"euler:{steps}", trajectory=True)
+    shown = {f"{steps} steps": np.asarray(path.trajectory)}
+    shown["one step"] = np.stack([np.asarray(x0[:200]), ends[1][:200]])
+    pictures.trajectories(flow.data.config, shown, folder / "trajectories.png")
+    (folder / "toy.json").write_text(json.dumps(found, indent=2) + "\n")
+    return "\n".join(f"{name} {value}" for name, value in found.items())
+
+
+def inversion(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """Held-out images to noise (``sampler.invert``) and back (``sampler.recipe``)."""
+    del extra, length
+    folder.mkdir(parents=True, exist_ok=True)
+    x, labels, noise = _inverted(flow, params, rows or 256)
+    back, _ = _forward(flow, params, noise, labels)
+    square = np.sum(np.square(noise), axis=tuple(range(1, noise.ndim)))
+    d = noise[0].size
+    found = {
+        "samples": len(x),
+        "invert": flow.sampler.invert,
+        "recipe": flow.sampler.recipe,
+        "reconstruction_mse": float(np.mean(np.square(back - x))),
+        "noise_square_mean": float(square.mean()),
+        "noise_square_std": float(square.std()),
+        "chi_square_mean": d,
+        "chi_square_std": (2 * d) ** 0.5,
+    }
+    (folder / "inversion.json").write_text(json.dumps(found, indent=2) + "\n")
+    shown = np.stack([x[:16], np.clip(noise[:16] / 3, -1, 1), back[:16]])
+    _save(pictures.images(shown.reshape(-1, *x.shape[1:]), columns=len(x[:16])), folder / "inversion.png")
+    return "\n".join(f"{name} {value}" for name, value in found.items())
+
+
+def interpolation(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
+    """Between pairs of held-out images, along great circles of their noises: a picture."""
+    del extra, length
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, steps = rows or 8, 8
+    x, labels, noise = _inverted(flow, params, 2 * pairs)
+    a, b = (jnp.repeat(jnp.asarray(noise[i::2]), steps, axis=0) for i in (0, 1))
+    share = jnp.tile(jnp.linspace(0, 1, steps), len(a) // steps)
+    between = geometry_lib.slerp(a, b, share)
+    labels = np.repeat(labels[::2], steps)
+    images, _ = _forward(flow, params, np.asarray(between), labels)
+    _save(pictures.images(images, columns=steps), folder / "interpolation.png")
+    return f"{len(a) // steps} pairs of {len(x)} images drawn in interpolation.png"
+
+
+def editing(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """Held-out images, inverted with their label, drawn with every other: a picture."""
+    del extra, length
+    if flow.model.num_classes < 2:
+        raise ConfigError("editing changes the label: it needs a flow with model.num_classes >= 2")
+    folder.mkdir(parents=True, exist_ok=True)
+    x, labels, noise = _inverted(flow, params, rows or 8)
+    classes = flow.data.num_classes
+    targets = np.tile(np.arange(classes, dtype=np.int32), len(x))
+    images, _ = _forward(flow, params, np.repeat(noise, classes, axis=0), targets)
+    table = images.reshape(len(x), classes, *x.shape[1:])
+    shown = np.concatenate([x[:, None], table], axis=1).reshape(-1, *x.shape[1:])
+    _save(pictures.images(shown, columns=classes + 1), folder / "editing.png")
+    return f"{len(x)} images and {classes} labels drawn in editing.png, originals on the left"
+
+
+def transfer(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+    """Held-out images of either kind, and where the flow takes them, there and back: a picture."""
+    del extra, length
+    if not flow.data.config.start_path:
+        raise ConfigError("transfer is between two kinds of images: set data.start_path")
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.arange(rows or 16)
+    labels = np.zeros(len(numbers), np.int32)
+    a, b = flow.data.start(numbers, training=False), flow.data.ends(numbers, training=False)[0]
+    there, nfe = _forward(flow, params, a, labels)
+    back, _ = _solve(flow, params, b, labels, flow.sampler.invert)
+    shown = np.stack([a, there, b, back]).reshape(-1, *a.shape[1:])
+    _save(pictures.images(shown, columns=len(numbers)), folder / "transfer.png")
+    moved = float(np.mean(np.square(there - a)))
+    (folder / "transfer.json").write_text(json.dumps({"nfe": nfe, "moved_mse": moved}) + "\n")
+    return f"start, its image, end, its image: four rows in transfer.png; {nfe:g} evaluations"
+
+
+def draw(flow: Any, params: Any, number: int, text: str) -> tuple[np.ndarray, float]:
+    """``number`` samples by a recipe, and the mean number of evaluations of each."""
+    found, nfe = [], 0.0
+    for part in _parts(number):
+        numbers = np.arange(number)[part]
+        x, labels, keys = flow.starts(numbers, jax.random.key(SEED))
+        solution = flow.solve(params, x, labels, text, keys)
+        _warn(solution, text)
+        found.append(np.asarray(solution.x))
+        nfe += float(np.mean(solution.nfe)) * len(numbers) / number
+    return np.concatenate(found), nfe
+
+
+def _inverted(flow, params, number: int):
+    """Held-out images, their labels, and the noise they come from."""
+    x, labels = flow.data.ends(np.arange(number), training=False)
+    noise, _ = _solve(flow, params, x, labels, flow.sampler.invert)
+    return x, labels, noise
+
+
+def _forward(flow, params, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    return _solve(flow, params, x, labels, flow.sampler.recipe)
+
+
+def _solve(flow, params, x: np.ndarray, labels: np.ndarray, text: str) -> tuple[np.ndarray, float]:
+    found, nfe = [], 0.0
+    for part in _parts(len(x)):
+        keys = jax.random.split(jax.random.key(SEED), len(x[part]))
+        labels_B = jnp.asarray(labels[part], jnp.int32)
+        solution = flow.solve(params, jnp.asarray(x[part]), labels_B, text, keys)
+        _warn(solution, text)
+        found.append(np.asarray(solution.x))
+        nfe += float(np.mean(solution.nfe)) * len(x[part]) / len(x)
+    return np.concatenate(found), nfe
+
+
+def _parts(number: int) -> list[slice]:
+    return [slice(i, min(i + BATCH, number)) for i in range(0, number, BATCH)]
+
+
+def _extractor(flow, folder: pathlib.Path, real: np.ndarray):
+    """The features that the config names; a classifier is trained first if it names none."""
+    kind = flow.sampler.features
+    if kind == "classifier":
+        kind = f"classifier:{_classifier(flow, folder)}"
+    try:
+        return metrics.make_extractor(kind, real)
+    except ValueError as error:
+        raise ConfigError(f"sampler.features: {error}") from error
+
+
+def _warn(solution, text: str) -> None:
+    """Says how far a solver came that did not arrive."""
+    reached = np.asarray(solution.reached)
+    if not reached.all():
+        logger.warning(
+            "%s did not reach its tolerance for %d of %d samples: they stop at times from %.3g on",
+            *(text, np.sum(~reached), reached.size, float(np.min(solution.time))),
+        )
+
+
+def _save(picture: np.ndarray, path: pathlib.Path) -> None:
+    Image.fromarray(picture).save(path)
