@@ -1,6 +1,7 @@
-"""Layers that several families share: projections, norms, SwiGLU, short convolution.
+"""Layers that several families share: projections, norms, SwiGLU, short convolution, attention.
 
-Dimensions: B batch, T tokens, D hidden, F feed-forward, W convolution width.
+Dimensions: B batch, T tokens, H heads, K key, V value, D hidden, F feed-forward, W convolution
+width.
 
 Every parameter carries logical axis names (``"embed"``, ``"heads"``, ``"mlp"``, ...);
 which mesh axis a name is split over is decided in ``scanax.train.mesh``, not here.
@@ -172,6 +173,18 @@ class ShortConv(nn.Module):
                 tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0)
             y_BTD = y_BTD + kernel_WD[i][None, None] * tap_BTD
         return y_BTD, last
+
+
+def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
+    """o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j over all tokens: [B, T, H, V] in q's dtype.
+
+    Logits and softmax are in float32 or better.
+    """
+    wide = accumulation_dtype(q_BTHK.dtype)
+    q_BTHK = q_BTHK * q_BTHK.shape[-1] ** -0.5
+    logits_BHTT = jnp.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK, preferred_element_type=wide)
+    weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(v_BTHV.dtype)
+    return jnp.einsum("bhij,bjhv->bihv", weights_BHTT, v_BTHV)
 
 
 def next_token_logits(x_BTD: jax.Array, embedding_SD: jax.Array, config: Any) -> jax.Array:

@@ -22,6 +22,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "classes": None,
     "pixels": None,
+    "augment": None,  # what was done to an image
     "rank": None,  # of low-rank projections
     "rates": None,  # of positions and times
     "rates_heads": None,

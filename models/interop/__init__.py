@@ -19,6 +19,14 @@ from .. import layout
 from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
 from ..lightnet import LightNetLM, LightNetLMConfig, interop as lightnet
 from ..rmoe import RMoEConfig, RMoELM, RMoESeqConfig, RMoESeqLM, interop as rmoe
+from ..unet import (
+    DhariwalUNetConfig,
+    EDMUNet,
+    NCSNpp,
+    NCSNppConfig,
+    SongUNetConfig,
+    interop as unet,
+)
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -74,6 +82,36 @@ FAMILIES = {
     ),
     "rmoe_seq": Family(
         rmoe.seq_config, RMoESeqConfig, rmoe.seq_table, RMoESeqLM, rmoe.seq_public, "rmoe_seq"
+    ),
+    "ncsnpp": Family(
+        unet.ncsnpp_config,
+        NCSNppConfig,
+        unet.ncsnpp_table,
+        NCSNpp,
+        unet.ncsnpp_public,
+        "ncsnpp",
+        unet.ncsnpp_read,
+        unet.ncsnpp_write,
+    ),
+    "edm_songunet": Family(
+        unet.song_config,
+        SongUNetConfig,
+        unet.edm_table,
+        EDMUNet,
+        unet.song_public,
+        "edm_songunet",
+        unet.edm_read,
+        unet.edm_write,
+    ),
+    "edm_dhariwal": Family(
+        unet.dhariwal_config,
+        DhariwalUNetConfig,
+        unet.edm_table,
+        EDMUNet,
+        unet.dhariwal_public,
+        "edm_dhariwal",
+        unet.edm_read,
+        unet.edm_write,
     ),
 }
 

@@ -177,6 +177,9 @@ def guess(tensors: Mapping[str, Any]) -> str:
         (".g_proj.0.", "fla_lightnet"),
         (".block_sparse_moe.", "rmoe_llama"),
         (".smoe.", "rmoe_seq"),
+        ("all_modules.", "ncsnpp"),
+        ("_aux_norm.", "edm_songunet"),
+        ("out_norm.", "edm_dhariwal"),
     ):
         if has(part):
             return family
