@@ -131,7 +131,7 @@ def _rfpp_steps(method: str, number) -> int:
 
 
 def _whole(number: float) -> int:
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(f"{number} is not a whole number")
     return int(number)
 

@@ -125,7 +125,8 @@ class Solution(NamedTuple):
       time: [B] when it arrived.
       reached: [B] bool, whether that is the grid's end; only rk45 may fail to.
       trajectory: [N + 1, B, ...] x at all times of the grid, or None.
-      predictions: [N, B, ...] the end of the flow as each step's velocity saw it, or None.
+      predictions: [N, B, ...] the end of the flow as the last velocity that was evaluated in each
+        step saw it, or None.
     """
 
     x: jax.Array
@@ -206,29 +207,30 @@ def _fixed(call, x, solver: Solver, draw, trajectory: bool) -> Solution:
         x, nfe = carry
         index, t, t_next = at
         v, nfe = call(x, _all(t, x)), nfe + 1
+        seen = end = ahead(x, v, _all(t, x))
         if solver.method == "heun":
 
             def correct():
-                v_next = call(move(x, v, t, t_next), _all(t_next, x))
-                return (v + v_next) / 2, nfe + 1
+                y = move(x, v, t, t_next)
+                v_next = call(y, _all(t_next, x))
+                return (v + v_next) / 2, ahead(y, v_next, _all(t_next, x)), nfe + 1
 
-            v, nfe = jax.lax.cond(index < steps - 1, correct, lambda: (v, nfe))
+            v, seen, nfe = jax.lax.cond(index < steps - 1, correct, lambda: (v, end, nfe))
         if solver.method == "sde" and solver.sigma:
             x_next = _diffuse(x, v, t, sign / steps, solver, draw(index))
         elif solver.method == "cm_stochastic":
-            x_next = t_next * ahead(x, v, _all(t, x)) + (1 - t_next) * draw(index)
+            x_next = t_next * end + (1 - t_next) * draw(index)
         else:
             x_next = move(x, v, t, t_next)
-        kept = (x_next, ahead(x, v, _all(t, x))) if trajectory else None
-        return (x_next, nfe), kept
+        return (x_next, nfe), (x_next, seen) if trajectory else None
 
     at = (jnp.arange(steps, dtype=jnp.int32), grid[:-1], grid[1:])
-    (end, nfe), kept = jax.lax.scan(step, (x, jnp.int32(0)), at)
+    (x_end, nfe), kept = jax.lax.scan(step, (x, jnp.int32(0)), at)
     states, predictions = kept or (None, None)
     if states is not None:
         states = jnp.concatenate([start[None], states])
     time_B = _all(grid[-1], x)
-    return Solution(end, nfe, time_B, jnp.ones(time_B.shape, bool), states, predictions)
+    return Solution(x_end, nfe, time_B, jnp.ones(time_B.shape, bool), states, predictions)
 
 
 def _diffuse(x, v, t, dt, solver: Solver, xi):

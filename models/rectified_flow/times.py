@@ -56,7 +56,7 @@ def time_density(text: str, eps: float | None = None) -> TimeDensity:
     """The density that ``NAME`` or ``NAME:NUMBER:...`` stands for.
 
       uniform             u (1 - eps) + eps
-      u_shaped[:a]        dense at both ends (see ``u_shaped_quantile``), a = 4 if not given
+      u_shaped[:a]        dense at both ends, as u_shaped_quantile says; a = 4 if not given
       logit_normal:m:s    sigmoid of a normal number with mean m and standard deviation s
       t0, t1, t0t1        eps, 1, or either: the flow's ends, for distillation
       fixed:a             a (1 - eps) + eps
@@ -143,11 +143,13 @@ _NONE = math.nan  # numbers without a default: no density is valid with it
 
 DENSITIES = {
     "uniform": _Density("uniform", _uniform),
-    "u_shaped": _Density("u_shaped[:a] with a > 0", _u_shaped, lambda a: a > 0, (4.0,), EPS_BOTH),
+    "u_shaped": _Density(
+        "u_shaped[:a] with 0 < a <= 50", _u_shaped, lambda a: 0 < a <= 50, (4.0,), EPS_BOTH
+    ),
     "logit_normal": _Density(
         "logit_normal:MEAN:STD with STD > 0",
         _logit_normal,
-        lambda mean, std: math.isfinite(mean) and std > 0,
+        lambda mean, std: math.isfinite(mean) and 0 < std < math.inf,
         (_NONE, _NONE),
         EPS_BOTH,
     ),
@@ -161,7 +163,7 @@ DENSITIES = {
     "k_step": _Density(
         "k_step:k with a whole number k >= 1",
         _k_step,
-        lambda k: k >= 1 and k == int(k),
+        lambda k: k >= 1 and k.is_integer(),
         (_NONE,),
     ),
 }

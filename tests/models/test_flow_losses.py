@@ -163,10 +163,8 @@ def test_training_steps(check, jit):
     """Eight updates: warm-up counted before the update, clipping, Adam, EMA with its warm-up."""
     file = goldens.load("rf_train_steps")
     lr, warmup, rate = (float(file[key]) for key in ("lr", "warmup", "ema_rate"))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(float(file["grad_clip"])),
-        optax.adam(lambda step: lr * jnp.minimum(step.astype(jnp.float64) / warmup, 1)),
-    )
+    clip = float(file["grad_clip"])
+    optimizer = optax.adam(lambda step: lr * jnp.minimum(step.astype(jnp.float64) / warmup, 1))
 
     @jit
     def update(params, ema, state, n, x0, x1, u):
@@ -174,6 +172,9 @@ def test_training_steps(check, jit):
         net = lambda params: lambda x, t: goldens.apply(params, x, t)
         loss = lambda params: jnp.mean(pair_loss("l2", net(params), x0, x1, t))
         value, gradient = jax.value_and_grad(loss)(params)
+        # Optax's clipping leaves out what torch adds to the norm.
+        share = jnp.minimum(1, clip / (optax.tree.norm(gradient) + 1e-6))
+        gradient = jax.tree.map(lambda g: share * g, gradient)
         updates, state = optimizer.update(gradient, state)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(rate, (1 + n) / (10 + n))
@@ -185,11 +186,12 @@ def test_training_steps(check, jit):
     for i in range(len(file["loss"])):
         x0, x1 = goldens.last(file["z0"][i]), goldens.last(file["x1"][i])
         n = jnp.float64(i + 1)
-        params, ema, state, value = update(params, ema, state, n, x0, x1, file["u"][i])
+        with jax.numpy_dtype_promotion("standard"):  # inside of optax
+            params, ema, state, value = update(params, ema, state, n, x0, x1, file["u"][i])
         check("loss", value, file["loss"][i], 1e-9)
         check("rate", lr * min(i / warmup, 1), file["lr_used"][i], 1e-12)
         for key in params:
-            check(key, params[key], file[f"param_{key}"][i], 1e-9)
+            check(key, params[key], file[f"param_{key}"][i], 1e-12)
             check(key, ema[key], file[f"ema_{key}"][i], 1e-9)
 
 
