@@ -1,4 +1,4 @@
-"""What a trained flow is worth: quality over evaluations, geometry, and what its reverse is good for.
+"""What a trained flow is worth: quality over evaluations, geometry, the uses of its way back.
 
 Dimensions: N samples, S states of a trajectory.
 
@@ -7,6 +7,7 @@ it writes its figures as JSON and its pictures into the folder. ``rows`` is how 
 drawn, ``length`` how many steps a solver makes where the analysis has no recipe for it.
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -18,9 +19,11 @@ import numpy as np
 from PIL import Image
 
 from ..models.rectified_flow import geometry as geometry_lib, recipe
-from . import flow_pictures as pictures, metrics
+from . import flow_pictures as pictures, loop, metrics
 from .config import ConfigError
+from .data.image_sources import ImageConfig
 from .quantise import quantise
+from .tasks import image_classification
 
 logger = logging.getLogger("scanax")
 SEED = 17  # of the noise that the analyses share
@@ -28,8 +31,10 @@ SHOWN = 64  # samples in a picture
 BATCH = 256
 
 
-def quality(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
-    """Distances between samples and real images for each of ``sampler.recipes``; a picture of each.
+def quality(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
+    """Distances between samples and real images for each of ``sampler.recipes``, and pictures.
 
     Samples are compared with so many real images of the training part: 2,048, or all.
     """
@@ -54,8 +59,10 @@ def quality(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int,
     return metrics.table(reports, names)
 
 
-def geometry(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
-    """Straightness, transport cost before and after, and the identity that ties them to the loss.
+def geometry(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
+    """Straightness, transport cost, and the identity that ties them to the loss.
 
     Of 2,048 samples (``rows``) and 100 Euler steps (``length``).
     """
@@ -91,7 +98,7 @@ def geometry(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int
 
 
 def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
-    """How much of the target's modes one, two, ten and all steps reach; trajectories as a picture."""
+    """How many samples of 1, 2, 10 and all steps are near a mode; trajectories as a picture."""
     del extra
     folder.mkdir(parents=True, exist_ok=True)
     number, steps = rows or 10_000, length or 100
@@ -112,7 +119,9 @@ def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, len
     return "\n".join(f"{name} {value}" for name, value in found.items())
 
 
-def inversion(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+def inversion(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
     """Held-out images to noise (``sampler.invert``) and back (``sampler.recipe``)."""
     del extra, length
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +141,10 @@ def inversion(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: in
     }
     (folder / "inversion.json").write_text(json.dumps(found, indent=2) + "\n")
     shown = np.stack([x[:16], np.clip(noise[:16] / 3, -1, 1), back[:16]])
-    _save(pictures.images(shown.reshape(-1, *x.shape[1:]), columns=len(x[:16])), folder / "inversion.png")
+    _save(
+        pictures.images(shown.reshape(-1, *x.shape[1:]), columns=len(x[:16])),
+        folder / "inversion.png",
+    )
     return "\n".join(f"{name} {value}" for name, value in found.items())
 
 
@@ -153,13 +165,15 @@ def interpolation(
     return f"{len(a) // steps} pairs of {len(x)} images drawn in interpolation.png"
 
 
-def editing(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+def editing(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
     """Held-out images, inverted with their label, drawn with every other: a picture."""
     del extra, length
     if flow.model.num_classes < 2:
         raise ConfigError("editing changes the label: it needs a flow with model.num_classes >= 2")
     folder.mkdir(parents=True, exist_ok=True)
-    x, labels, noise = _inverted(flow, params, rows or 8)
+    x, _, noise = _inverted(flow, params, rows or 8)
     classes = flow.data.num_classes
     targets = np.tile(np.arange(classes, dtype=np.int32), len(x))
     images, _ = _forward(flow, params, np.repeat(noise, classes, axis=0), targets)
@@ -169,7 +183,9 @@ def editing(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int,
     return f"{len(x)} images and {classes} labels drawn in editing.png, originals on the left"
 
 
-def transfer(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
+def transfer(
+    flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int
+) -> str:
     """Held-out images of either kind, and where the flow takes them, there and back: a picture."""
     del extra, length
     if not flow.data.config.start_path:
@@ -225,6 +241,44 @@ def _solve(flow, params, x: np.ndarray, labels: np.ndarray, text: str) -> tuple[
 
 def _parts(number: int) -> list[slice]:
     return [slice(i, min(i + BATCH, number)) for i in range(0, number, BATCH)]
+
+
+def _classifier(flow, folder: pathlib.Path) -> pathlib.Path:
+    """The run of a small classifier of the flow's own images, trained here unless it is there."""
+    workdir = folder.parents[2] / "classifier"
+    c = flow.config
+    if flow.data.num_classes < 2:
+        raise ConfigError(
+            "sampler.features=classifier needs data with classes: set data.label_key, or choose"
+            " random_conv, pca:D, pixels or classifier:WORKDIR"
+        )
+    fields = [field.name for field in dataclasses.fields(ImageConfig)]
+    data = {name: c.data[name] for name in fields}
+    model = {"stages": (32, 64), "convs_per_stage": 2, "norm_groups": 8, "feature_size": 128}
+    optimizer = dataclasses.replace(
+        c.optimizer, learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99
+    )
+    evaluation = dataclasses.replace(c.evaluation, every_steps=0, batches=0, samples=0)
+    config = dataclasses.replace(
+        c,
+        task="image_classification",
+        family="convnet",
+        num_steps=1000,
+        batch_size=64,
+        microbatches=1,
+        init_from="",
+        model=model,
+        data={**data, "crop_padding": 1, "eval_fraction": 0.1},
+        objective={},
+        sampler={},
+        optimizer=dataclasses.replace(optimizer, weight_decay=0.1, freeze=(), freeze_from=0),
+        evaluation=dataclasses.replace(evaluation, stop_when=""),
+        mesh=dataclasses.replace(c.mesh, data=1, fsdp=1, tensor=1, expert=1, sequence=1),
+    )
+    if not (workdir / "checkpoints").is_dir():
+        logger.info("training a classifier of the data, in %s", workdir)
+    loop.train(image_classification.build(config), config, workdir)
+    return workdir
 
 
 def _extractor(flow, folder: pathlib.Path, real: np.ndarray):

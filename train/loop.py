@@ -241,7 +241,7 @@ def _continue(data, restored: Restored, allow_data_change: bool) -> None:
 def _start(
     task: Task, config: Config, shardings: TrainState, restored: Restored | None, params: Any
 ):
-    """The state to start from and its step; ``params`` are those of a new run, if they are given."""
+    """The state to start from and its step; a new run has ``params`` if they are given."""
     if restored is not None:
         return restored.value, restored.step
     start = time.perf_counter()

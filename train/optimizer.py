@@ -37,8 +37,8 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm; 0 turns clipping off.
       ema_decay: of the parameter average; 0 turns the average off.
       ema_start: how the average forgets the first parameters: "warmup", a decay of at most
-        (1 + step) / (10 + step) (score SDE, rectified flow, SlimFlow); "constant", the parameters
-        after the second update and the full decay from then on (2-RF++); or "halflife", a
+        (1 + n) / (10 + n) in the n-th update, n = 1, 2, ... (score SDE, rectified flow, SlimFlow); "constant", the parameters
+        after the third update and the full decay from then on (2-RF++); or "halflife", a
         half-life of at most a twentieth of the updates so far (EDM).
       freeze: regular expressions; parameters in whose path one is found, for example
         "layers/moe/router_head", are not updated...
@@ -158,7 +158,7 @@ def ema_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     """Decay of the parameter average in the update of a step: how much of the old one stays."""
     step = step.astype(jnp.float32)
     if config.ema_start == "constant":
-        return jnp.where(step < 2, 0.0, config.ema_decay)
+        return jnp.where(step < 3, 0.0, config.ema_decay)
     if config.ema_start == "halflife":
         return jnp.minimum(config.ema_decay, 0.5 ** (20 / (step + 1)))
-    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+    return jnp.minimum(config.ema_decay, (2 + step) / (11 + step))

@@ -1,6 +1,7 @@
 """Converts checkpoints: published to a run of ours, a run to published, one naming to another.
 
   python -m scanax.models.interop --from DOWNLOAD --to runs/new --config configs/lm_fineweb.py
+  python -m scanax.models.interop --from UNET --to runs/edm --config configs/flow_edm.py
   python -m scanax.models.interop --from runs/trained --to EXPORT
   python -m scanax.models.interop --from DOWNLOAD --to EXPORT [--to_family official_delta_product]
 
@@ -74,9 +75,11 @@ def export_run(source: pathlib.Path, target: pathlib.Path) -> None:
     """A run's (averaged) parameters as a published checkpoint."""
     run = run_lib.load(source, STEP.value)
     family = target_family(run.config.family)
-    if "embeddings" not in run.params:
+    model = dict(run.config.model)
+    if "embeddings" in run.params:
+        model["vocab_size"] = run.params["embeddings"].shape[0]
+    elif run.config.task != "rectified_flow":
         raise ConfigError(f"{family} is a language model, and no model of task {run.config.task}")
-    model = {**run.config.model, "vocab_size": run.params["embeddings"].shape[0]}
     entry = interop.find(family)
     write(target, run.params, entry.public_config(entry.config_class(**model)), family)
     print(f"step {run.step} of {source} written to {target}")

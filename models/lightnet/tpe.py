@@ -9,6 +9,9 @@ multiplies by the n x n matrix, for short axes; ``fft`` is a linear convolution 
 transforms; ``recurrence`` carries E numbers per channel from token to token, works in time and
 memory linear in n, and continues from a state (causal, one axis).
 
+The paper's joint product over all axes at once, with a coefficient for every offset on the grid, is
+not here: no published layer has it.
+
 The layer has one exponential per head and axis, as in the author's later code: the product goes
 through an RMSNorm and a projection, and the sum over the axes replaces the embedded tokens.
 """

@@ -63,9 +63,12 @@ class VelocityMLP(nn.Module):
         dense = lambda features, axes, name: Dense(
             features, axes, init, c.dtype, c.param_dtype, bias=True, name=name
         )
+        names = ["pixels", *("embed", "mlp") * c.num_hidden_layers]
         hidden_BH = jnp.concatenate([x_BD, t_B[:, None].astype(x_BD.dtype)], axis=-1)
         for i in range(c.num_hidden_layers):
-            axes = ("pixels", "embed") if i == 0 else ("embed", "mlp") if i % 2 else ("mlp", "embed")
+            axes = (
+                ("pixels", "embed") if i == 0 else ("embed", "mlp") if i % 2 else ("mlp", "embed")
+            )
             hidden_BH = jnp.tanh(dense(c.hidden_size, axes, f"hidden_{i}")(hidden_BH))
         last = ("mlp" if c.num_hidden_layers % 2 == 0 else "embed", "pixels")
         v_BD = dense(x_BD.shape[-1], last, "output")(hidden_BH)

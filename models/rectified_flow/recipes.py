@@ -28,12 +28,16 @@ N is a number of steps, NFE of evaluations. eps = 1e-3 unless said otherwise.
   rfpp_invert_euler:N         N          data to noise from t = 0.999, data mixed with noise
   rfpp_invert_heun:NFE        NFE, odd   likewise
 
+  Karras et al. 2022 (EDM), from sigma = 80 to 0.002 and 0, to make pairs of a diffusion model
+  edm_euler:N, edm_heun:N     N, 2N-1    the published pairs are of N = 18 (CIFAR-10) or 40
+
 Published one-step results of RF and SlimFlow are of ``rf_euler:1``.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .diffusion import edm_sigmas
 from .solvers import Solver
 
 EPS = 1e-3
@@ -130,6 +134,14 @@ def _rfpp_steps(method: str, number) -> int:
     return (_whole(number) + 1) // 2
 
 
+def _edm(method: str):
+    def make(steps):
+        grid = (1 / (1 + sigma) for sigma in edm_sigmas(_whole(steps)))
+        return Solver(method, tuple(grid))
+
+    return make
+
+
 def _whole(number: float) -> int:
     if not number.is_integer():
         raise ValueError(f"{number} is not a whole number")
@@ -164,4 +176,6 @@ RECIPES = {
     "rfpp_new_heun": _Recipe(":NFE", _rfpp("heun", "renoise")),
     "rfpp_invert_euler": _Recipe(":N", _rfpp_invert("euler")),
     "rfpp_invert_heun": _Recipe(":NFE", _rfpp_invert("heun")),
+    "edm_euler": _Recipe(":N", _edm("edm_euler")),
+    "edm_heun": _Recipe(":N", _edm("edm_heun")),
 }

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import path, runge_kutta
+from . import diffusion, path, runge_kutta
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
-METHODS = ("euler", "heun", "rk45", "sde", "cm_stochastic")
+EDM = {"edm_euler": "euler", "edm_heun": "heun"}
+METHODS = ("euler", "heun", "rk45", "sde", "cm_stochastic", *EDM)
 RULES = ("default", "renoise")
 DISPLACEMENTS = ("grid", "unit")
 
@@ -39,6 +40,8 @@ class Solver:
           so marginals are kept for sigma = 0 only.
         cm_stochastic: jumps to the predicted data and back with fresh noise, as samplers of
           consistency models do.
+        edm_euler, edm_heun: the same of X_t / t over the noise level (1 - t) / t, as EDM samples
+          (diffusion.py); they begin at t_0 X_0 / (1 - t_0), that is at sigma X_0.
       grid: the times t_0, ..., t_N of the steps, rising (to data) or falling (to noise).
       rule: "default", or "renoise" (the "new" rule of Lee, Lin and Fanti 2024): x at the next time
         is the straight path from the noise that one began with to the predicted data.
@@ -94,6 +97,10 @@ class Solver:
             raise ValueError("solver.rule 'renoise' goes to times: use displacement 'grid'")
         if not self.to_data and (self.rule == "renoise" or self.method in _STOCHASTIC):
             raise ValueError("sde, cm_stochastic and 'renoise' go to data: the grid must rise")
+        if self.method in EDM and not (0 < self.grid[0] and self.grid[-1] == 1):
+            raise ValueError(f"solver {self.method} goes from a time above 0 to 1")
+        if self.method in EDM and (self.rule, self.displacement) != ("default", "grid"):
+            raise ValueError(f"solver {self.method} has rule 'default' and displacement 'grid'")
         if self.input_noise and self.method in _STOCHASTIC:
             raise ValueError("solver.input_noise is for euler, heun and rk45")
 
@@ -171,6 +178,8 @@ def solve(
     x = solver.input_scale * x
     if solver.input_noise:
         x = x + solver.input_noise * draw(0)
+    if solver.method in EDM:
+        return _edm(call, x, solver, trajectory)
     if solver.method != "rk45":
         return _fixed(call, x, solver, draw, trajectory)
     x, nfe_B, time_B = runge_kutta.integrate(
@@ -231,6 +240,21 @@ def _fixed(call, x, solver: Solver, draw, trajectory: bool) -> Solution:
         states = jnp.concatenate([start[None], states])
     time_B = _all(grid[-1], x)
     return Solution(x_end, nfe, time_B, jnp.ones(time_B.shape, bool), states, predictions)
+
+
+def _edm(call, x, solver: Solver, trajectory: bool) -> Solution:
+    """States are X_t / t, EDM's own, and there are no predictions."""
+
+    def denoiser(x, sigma_B):
+        t_B = diffusion.time_of(sigma_B)
+        x_t = path.along(t_B, x) * x
+        return diffusion.denoised_of_velocity(call(x_t, t_B), x_t, t_B)
+
+    sigmas = tuple((1 - t) / t for t in solver.grid)
+    found = diffusion.edm_sample(denoiser, x, sigmas, EDM[solver.method])
+    time_B = _all(1.0, x)
+    states = found.trajectory if trajectory else None
+    return Solution(found.x, found.nfe, time_B, jnp.ones(time_B.shape, bool), states, None)
 
 
 def _diffuse(x, v, t, dt, solver: Solver, xi):

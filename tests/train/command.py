@@ -1,5 +1,6 @@
 """Runs the command line as a user does, on a word problem small enough for seconds."""
 
+from collections.abc import Callable
 import os
 import pathlib
 import signal
@@ -61,18 +62,25 @@ def run(arguments: list[str], devices: int = 1) -> subprocess.CompletedProcess[s
     )
 
 
+def start(arguments: list[str]) -> subprocess.Popen:
+    """Starts a run and does not wait for it."""
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere)
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen) -> None:
+    """Waits until something has happened; an error if the run ends before that."""
+    while not happened():
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.01)
+
+
 def interrupt(arguments: list[str], after: float, with_signal: signal.Signals) -> int:
     """Starts a run, sends a signal after some seconds, and returns the exit code.
 
     The run may have ended before the signal.
     """
-    process = subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(arguments)
     deadline = time.monotonic() + after
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

@@ -153,7 +153,7 @@ def test_a_bad_batch_changes_nothing_but_the_counters(poison):
 def test_average_is_a_moving_average():
     state, _ = train(config(), steps=1)
     start = state_lib.create(tasks.build(config()), config()).params
-    rate = 1 / 10  # warm-up of the average: (1 + 0) / (10 + 0)
+    rate = 2 / 11  # warm-up of the average: (1 + n) / (10 + n), n = 1
     expected = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, start, state.params)
     chex.assert_trees_all_close(state.ema, expected, atol=1e-6)
 

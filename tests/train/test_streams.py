@@ -32,6 +32,14 @@ DELTA = {
     "model.num_hidden_layers": 1,
     "model.intermediate_size": 16,
 }
+LIGHTNET = {
+    "model.hidden_size": 16,
+    "model.num_heads": 2,
+    "model.num_hidden_layers": 1,
+    "model.gate_low_rank_dim": 4,
+    "model.intermediate_size": 16,
+}
+MODELS = {"rmoe_seq": SEQ, "delta_product": DELTA, "lightnet": LIGHTNET}
 STREAMS = {
     "batch_size": 4,
     "mesh.data": 1,
@@ -63,8 +71,7 @@ def standard_promotion():
 
 def config(family: str = "rmoe_seq", **changes):
     values = base.get_config("language_model", family)
-    model = SEQ if family == "rmoe_seq" else DELTA
-    values.update_from_flattened_dict({**STREAMS, **model, **changes})
+    values.update_from_flattened_dict({**STREAMS, **MODELS[family], **changes})
     return from_dict(values.to_dict())
 
 
@@ -103,6 +110,7 @@ def test_rows_run_on_and_begin_anew():
 MESHES = {
     "rmoe_seq": ({"model.dropout": 0.1}, {"mesh.fsdp": 2}, {"mesh.expert": 2}),
     "delta_product": ({}, {"mesh.fsdp": 2}),
+    "lightnet": ({}, {"mesh.fsdp": 2}),
 }
 
 
@@ -123,6 +131,7 @@ def test_same_on_any_mesh_and_accumulation(family):
     [
         ("rmoe_seq", {"model.dropout": 0.1, "model.router_balance_rate": 0.05}),
         ("delta_product", {}),
+        ("lightnet", {}),
     ],
 )
 def test_resumed_runs_are_bitwise_the_same(tmp_path, family, changes):

@@ -118,7 +118,7 @@ class FlowImages:
         return eval_batch(source, size, index)
 
     def real(self, number: int, training: bool) -> np.ndarray:
-        """The first images of the training or of the evaluation part: [<= number, H, W, C] uint8."""
+        """The first images of a part, at most ``number``: [N, H, W, C] uint8."""
         images = self._images.parts[0 if training else 1]
         return images.take(np.arange(min(number, len(images))))[0]
 

@@ -8,14 +8,7 @@ import flax.linen as nn
 from ...models.dit import DiT, DiTConfig
 from ...models.lightnet import LightNetDiT, LightNetDiTConfig
 from ...models.rectified_flow.mlp import VelocityMLP, VelocityMLPConfig
-from ...models.unet import (
-    DhariwalUNet,
-    DhariwalUNetConfig,
-    NCSNpp,
-    NCSNppConfig,
-    SongUNet,
-    SongUNetConfig,
-)
+from ...models.unet import DhariwalUNetConfig, EDMUNet, NCSNpp, NCSNppConfig, SongUNetConfig
 from ..config import Config, build
 from .models import choose
 
@@ -36,8 +29,8 @@ class FlowModel(NamedTuple):
 
 IMAGES: Mapping[str, tuple[type, type[nn.Module]]] = {
     "ncsnpp": (NCSNppConfig, NCSNpp),
-    "edm_songunet": (SongUNetConfig, SongUNet),
-    "edm_dhariwal": (DhariwalUNetConfig, DhariwalUNet),
+    "edm_songunet": (SongUNetConfig, EDMUNet),
+    "edm_dhariwal": (DhariwalUNetConfig, EDMUNet),
     "dit": (DiTConfig, DiT),
     "lightnet": (LightNetDiTConfig, LightNetDiT),
 }

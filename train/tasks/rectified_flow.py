@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models import params as params_lib
-from ...models.rectified_flow import distillation, losses, path, recipe, solvers, time_density
+from ...models.rectified_flow import distillation, losses, recipe, solvers, time_density
 from ...models.rectified_flow.annealing import Annealing, anneal, annealing, flip_pair
 from ...models.rectified_flow.lpips import load_lpips
 from ...models.rectified_flow.perceptual import random_conv_distance, resized

@@ -1,0 +1,365 @@
+"""Rectified flow on the training loop: losses, teachers, starts from other runs, analyses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stepping import train
+
+from scanax.configs import base, flow_toy
+from scanax.models.rectified_flow import path
+from scanax.train import loop, optimizer as optimizer_lib, run as run_lib, state as state_lib, tasks
+from scanax.train.checkpoint import CheckpointError, Checkpoints
+from scanax.train.checksum import tree_checksums
+from scanax.train.config import ConfigError, from_dict, replaced
+from scanax.train.data.pipeline import DataError
+from scanax.train.tasks import rectified_flow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def toy(**changes):
+    """A small run of points; ``changes`` by dotted key."""
+    config = flow_toy.get_config()
+    small = {
+        "num_steps": 4,
+        "batch_size": 16,
+        "model.hidden_size": 8,
+        "evaluation.batches": 1,
+        "evaluation.batch_size": 16,
+        "evaluation.samples": 0,
+        "optimizer.ema_decay": 0.9,
+        "sampler.recipe": "euler:4",
+        "mesh.data": 1,
+    }
+    config.update_from_flattened_dict({**small, **changes})
+    return config
+
+
+def digits(**changes):
+    """A small run of 8 x 8 digits with classes."""
+    config = base.get_config("rectified_flow", "dit")
+    small = {
+        "num_steps": 2,
+        "batch_size": 8,
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 1,
+        "model.num_heads": 2,
+        "model.patch_size": (4, 4),
+        "model.num_classes": 10,
+        "data.channels": 1,
+        "evaluation.batches": 1,
+        "evaluation.batch_size": 8,
+        "evaluation.samples": 4,
+        "sampler.recipe": "rf_euler:2",
+        "sampler.invert": "rf_invert_euler:2",
+        "sampler.features": "pixels",
+        "sampler.recipes": ("rf_euler:1", "rf_rk45:1e-1"),
+        "mesh.data": 1,
+    }
+    config.update_from_flattened_dict({**small, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run of points."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    run_lib.train(toy(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A run of digits, loaded."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    run_lib.train(digits(), folder)
+    return folder, run_lib.load(folder)
+
+
+def make(config):
+    config = from_dict(config.to_dict())
+    return config, tasks.build(config)
+
+
+def first_loss(config):
+    """Loss per example of the first batch, the parameters, batch and keys."""
+    frozen, task = make(config)
+    params, extra = task.init(jax.random.key(3))
+    extra = {**extra, **({"given": task.given()} if task.given() else {})}
+    batch = {name: jnp.asarray(x) for name, x in next(task.train_data(0, 1)).items()}
+    keys = jax.random.split(jax.random.key(4), frozen.batch_size)
+    total, aux = task.loss(params, extra, batch, keys)
+    return total / aux.weight, params, batch, keys, aux
+
+
+def test_loss_is_that_of_the_velocity_on_the_path():
+    """With times pinned to one value all that is random is the pair, and that is given."""
+    config = toy(**{"objective.times": "fixed:0.25", "objective.eps": 1e-6})
+    loss, params, batch, _, _ = first_loss(config)
+    flow = rectified_flow.flow_of(from_dict(config.to_dict()))
+    t = jnp.full(16, 0.25 * (1 - 1e-6) + 1e-6)
+    v = flow.velocity(params)(0.25 * batch["x1"] + 0.75 * batch["x0"], t)
+    expected = jnp.mean(jnp.square(v - (batch["x1"] - batch["x0"])))
+    np.testing.assert_allclose(loss, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("change", [{"microbatches": 2}, {"mesh.data": 2, "mesh.fsdp": 2}])
+@pytest.mark.parametrize("kind", ["toy", "digits"])
+def test_losses_do_not_depend_on_accumulation_or_mesh(kind, change):
+    config = {"toy": toy, "digits": digits}[kind]
+    _, expected = train(from_dict(config().to_dict()), steps=2)
+    _, found = train(from_dict(config(**change).to_dict()), steps=2)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_run_starts_from_another_ones_parameters(teacher, tmp_path):
+    """From the parameters themselves, and the average starts there too."""
+    saved = Checkpoints(teacher).read_meta()[1]["arrays"]
+    config, task = make(toy(**{"init_from": str(teacher)}))
+    _, shardings = loop.place(task, config)
+    shapes = state_lib.shapes(task, config)
+    params = loop.starting_params(config, tmp_path, shapes, shardings)
+    assert tree_checksums(params) == {name: entry[2] for name, entry in saved["params"].items()}
+    assert saved["params"] != saved["ema"]
+    state, step = loop._start(task, config, shardings, None, params)
+    assert step == 0 and tree_checksums(state.ema) == tree_checksums(state.params)
+
+
+def test_start_from_another_model_is_refused(teacher, tmp_path):
+    config = toy(**{"init_from": str(teacher), "model.hidden_size": 12})
+    with pytest.raises(CheckpointError, match=r"init_from.*another params"):
+        run_lib.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError, match=r"init_from.*holds no checkpoints"):
+        run_lib.train(toy(**{"init_from": str(tmp_path / "none")}), tmp_path / "run")
+
+
+def test_online_reflow_goes_where_the_teacher_goes(teacher):
+    """X_1 is the teacher's Euler end from X_0, by its averaged parameters."""
+    config = toy(
+        **{
+            "objective.teacher": str(teacher),
+            "objective.online_steps": 3,
+            "objective.times": "t0",
+        }
+    )
+    loss, params, batch, _, _ = first_loss(config)
+    run = run_lib.load(teacher)
+    flow = rectified_flow.flow_of(run.config)
+    end = flow.solve(run.params, batch["x0"], batch["labels"], "rf_euler:3").x
+    t = jnp.full(16, 1e-3)
+    v = flow.velocity(params)(path.interpolate(batch["x0"], end, t), t)
+    np.testing.assert_allclose(loss, jnp.mean(jnp.square(v - (end - batch["x0"]))), rtol=1e-4)
+
+
+def test_teacher_is_neither_saved_nor_trained(teacher, tmp_path):
+    config = toy(**{"objective.teacher": str(teacher), "objective.guidance": 0.5})
+    run_lib.train(config, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert "extra" not in checkpoints.read_meta()[1]["arrays"]
+    checkpoints.close()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    row = next(json.loads(line) for line in metrics.splitlines() if "two_step_loss" in line)
+    np.testing.assert_allclose(
+        row["loss"], row["pair_loss"] + 0.5 * row["two_step_loss"], rtol=1e-5
+    )
+
+
+def test_annealing_counts_updates():
+    """beta is 1 at first, when the pairs' noise plays no part, and 0 after W updates."""
+    config = toy(**{"objective.annealing": "linear:4", "objective.times": "t0"})
+    frozen, task = make(config)
+    state, _ = train(frozen, steps=3, task=task)
+    assert int(state.extra["updates"]) == 3
+    params, _ = task.init(jax.random.key(0))
+    batch = {name: jnp.asarray(x) for name, x in next(task.train_data(0, 1)).items()}
+    other = {**batch, "x0": batch["x0"] + 1}
+    keys = lambda: jax.random.split(jax.random.key(1), 16)
+    loss = lambda n, b: float(task.loss(params, {"updates": jnp.int32(n)}, b, keys())[0])
+    assert loss(0, batch) == loss(0, other)
+    assert loss(2, batch) != loss(2, other)
+    assert loss(4, batch) == loss(9, batch) != loss(2, batch)
+
+
+def test_pairs_are_mirrored_as_one():
+    """The loss of a velocity that commutes with mirroring is that of the pairs as they are."""
+    config = digits(**{"objective.flip": "example", "objective.times": "t0"})
+    flow = rectified_flow.flow_of(from_dict(config.to_dict()))
+    plain = dataclasses.replace(flow, objective=dataclasses.replace(flow.objective, flip="none"))
+    rng = np.random.default_rng(0)
+    batch = {n: jnp.asarray(rng.normal(size=(8, 8, 8, 1)), jnp.float32) for n in ("x0", "x1")}
+    batch["labels"] = jnp.zeros(8, jnp.int32)
+
+    def total(f, velocity):
+        object.__setattr__(f, "velocity", lambda *_: velocity)
+        keys = jax.random.split(jax.random.key(0), 8)
+        return float(rectified_flow.make_loss(f, None)({}, {}, batch, keys)[0])
+
+    mean = lambda x, t: jnp.broadcast_to(jnp.mean(x, axis=2, keepdims=True), x.shape)
+    np.testing.assert_allclose(total(flow, mean), total(plain, mean), rtol=1e-5)
+    first = lambda x, t: jnp.broadcast_to(x[:, :, :1], x.shape)
+    assert abs(total(flow, first) / total(plain, first) - 1) > 1e-3
+
+
+def test_averages_are_the_published_ones(golden):
+    with np.load(golden / "rectflow" / "rf_ema.npz") as saved:
+        found = {name: saved[name] for name in saved}
+    for name, expected in found.items():
+        if name == "params":
+            continue
+        rate = float(name.removeprefix("ema_rate").replace("p", "."))
+        average(found["params"], expected, rate, "warmup")
+    with np.load(golden / "rectflow" / "rfpp_ema.npz") as saved:
+        params, expected = saved["params_after_step"], saved["ema_decay0p99"]
+    start = np.concatenate([np.full_like(params[:1], np.nan), params])
+    known = ~np.isnan(expected.reshape(len(expected), -1)[:, 0])
+    got = averages(start, 0.99, "constant")
+    np.testing.assert_allclose(got[known], expected[known], atol=1e-6)
+
+
+def average(params, expected, rate, start):
+    np.testing.assert_allclose(averages(params, rate, start), expected, atol=2e-7)
+
+
+def averages(params, rate, start):
+    """After each update; params[0] are those before the first."""
+    config = dataclasses.replace(
+        from_dict(toy().to_dict()).optimizer, ema_decay=rate, ema_start=start
+    )
+    ema, found = params[0], []
+    for i, new in enumerate(params[1:]):
+        decay = float(optimizer_lib.ema_rate(config, jnp.asarray(i)))
+        ema = new if decay == 0 else decay * ema + (1 - decay) * new
+        found.append(ema)
+    return np.stack(found)
+
+
+def test_toy_can_be_evaluated_sampled_and_analysed(teacher):
+    run = run_lib.load(teacher)
+    picture = run.task.render(run.task.sample(run.params, run.extra, jax.random.key(0), 8))
+    assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+    folder = teacher / "eval" / "x"
+    text = run.task.analyses["toy"](run.params, run.extra, folder, 64, 5)
+    assert "within_3_sigma_5" in text and (folder / "trajectories.png").is_file()
+    run.task.analyses["geometry"](run.params, run.extra, folder, 300, 5)
+    found = json.loads((folder / "geometry.json").read_text())
+    flow = rectified_flow.flow_of(run.config)
+    x0, labels, _ = flow.starts(np.arange(300), jax.random.key(17))
+    x1 = flow.data.ends(np.arange(300), training=False)[0]
+    np.testing.assert_allclose(
+        found["squared_pairs"], np.mean(np.sum((x1 - np.asarray(x0)) ** 2, axis=1)), rtol=1e-5
+    )
+    end = flow.solve(run.params, x0, labels, "euler:5").x
+    np.testing.assert_allclose(
+        found["squared_flow"], np.mean(np.sum(np.square(end - x0), axis=1)), rtol=1e-4
+    )
+
+
+def test_same_noise_belongs_to_the_same_number(images):
+    """Samples of the same key agree, however many are drawn beside them."""
+    _, run = images
+    key = jax.random.key(5)
+    few, more = (run.task.sample(run.params, run.extra, key, n) for n in (4, 8))
+    np.testing.assert_allclose(few, more[:4], atol=1e-5)
+
+
+def test_images_are_evaluated_drawn_and_edited(images):
+    folder, run = images
+    assert (folder / "eval" / "00000002" / "samples.png").is_file()
+    assert (folder / "eval" / "00000002" / "curve.png").is_file()
+    where = folder / "eval" / "x"
+    call = lambda name, rows: run.task.analyses[name](run.params, run.extra, where, rows, 0)
+    text = call("quality", 32)
+    reports = json.loads((where / "quality.json").read_text())
+    assert "pixels" in text and [r["recipe"] for r in reports] == ["rf_euler:1", "rf_rk45:1e-1"]
+    assert reports[0]["nfe"] == 1 and reports[1]["nfe"] >= 8
+    assert all("fid" not in report for report in reports)
+    found = call("inversion", 8)
+    assert "reconstruction_mse" in found
+    for name in ("interpolation", "editing"):
+        call(name, 2)
+        assert (where / f"{name}.png").is_file()
+    with pytest.raises(ConfigError, match="start_path"):
+        call("transfer", 2)
+
+
+def test_image_to_image(tmp_path, monkeypatch):
+    """From dark images to bright ones: pairs are drawn anew in every epoch."""
+    rng = np.random.default_rng(0)
+    for name, low in (("a", 0), ("b", 128)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(low, low + 120, (40, 8, 8, 1), np.uint8))
+    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
+    changes = {"data.source": "files", "data.path": "b.npy", "data.start_path": "a.npy"}
+    config = digits(**changes, **{"model.num_classes": 0, "num_steps": 1})
+    run_lib.train(config, tmp_path / "run")
+    run = run_lib.load(tmp_path / "run")
+    run.task.analyses["transfer"](run.params, run.extra, tmp_path / "run" / "eval" / "x", 4, 0)
+    data = run.task.train_data(0, 1)
+    seen = {}
+    for _ in range(12):
+        batch = next(data)
+        assert batch["x0"].max() < 0 < batch["x1"].min() + 0.01
+        for x0, x1 in zip(batch["x0"], batch["x1"], strict=True):
+            seen.setdefault(x1.tobytes(), set()).add(x0.tobytes())
+    assert max(len(partners) for partners in seen.values()) > 1
+
+
+def test_samplers_may_be_replaced(teacher):
+    run = run_lib.load(teacher, sampler={"recipe": "euler:1"})
+    assert run.config.sampler["recipe"] == "euler:1"
+    with pytest.raises(ConfigError, match=r"did you mean 'sampler.recipe'"):
+        run_lib.load(teacher, sampler={"recip": "euler:1"})
+    with pytest.raises(ConfigError, match="must be a number"):
+        replaced({"steps": 3}, {"steps": "many"}, "sampler")
+    assert replaced({"steps": 3}, {"steps": "5"}, "sampler") == {"steps": 5}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"objective.loss": "l3"}, "unknown loss 'l3'"),
+        ({"objective.times": "cosine"}, "unknown times"),
+        ({"objective.weight": "w"}, "unknown weight"),
+        ({"objective.annealing": "linear"}, "annealing 'linear'"),
+        ({"objective.loss": "lpips"}, "needs a distance"),
+        ({"objective.distance": "random_conv"}, "the others none"),
+        ({"objective.flip": "both"}, "objective.flip must be one of"),
+        ({"objective.flip": "example"}, "mirrors images"),
+        ({"objective.guidance": 1.0}, "objective.teacher is the flow"),
+        ({"objective.teacher": "x"}, "objective.teacher is the flow"),
+        ({"objective.huber_c": "0"}, "huber_c must be positive"),
+        ({"sampler.recipe": "euler:0"}, "at least one step"),
+        ({"sampler.recipe": "rfpp_heun:4"}, "must be odd"),
+        ({"sampler.recipe": "rf_invert_euler:4"}, "goes to noise"),
+        ({"sampler.invert": "rf_euler:4"}, "goes to data"),
+        ({"data.variance": -1.0}, "data.variance must be positive"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        make(toy(**change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model.num_classes": 4}, "smaller than the 10 classes"),
+        ({"data.start_path": "x"}, "start_path needs data.source=files"),
+        ({"data.pairs": "x", "data.flip": True}, "set data.flip to 0"),
+        ({"data.mixup": 0.5}, "no mixing"),
+        ({"objective.distance": "lpips:none.npz", "objective.loss": "lpips"}, "none.npz"),
+        ({"objective.distance": "lpips", "objective.loss": "lpips"}, "should be random_conv"),
+    ],
+)
+def test_bad_configs_of_images_are_named(change, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        make(digits(**change))
