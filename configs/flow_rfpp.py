@@ -41,7 +41,7 @@ def get_config(data: str = "cifar10"):
         config.data.update(datasets.files("cifar10_jpeg.zip/train", "cifar10_jpeg.zip/test"))
     else:
         config.data.update(datasets.tfds(data, "prepared"))
-    config.data.in_memory = False if data != "cifar10" else True
+    config.data.in_memory = data == "cifar10"
 
     config.objective.loss = loss
     config.objective.times = "u_shaped"

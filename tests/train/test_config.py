@@ -13,13 +13,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from scanax.configs import base, lightnet_imagenet
-from scanax.models import params as params_lib
+from scanax.configs import base, flow_digits, flow_rfpp, lightnet_imagenet
+from scanax.models import params as params_lib, unet
 from scanax.models.lightnet import LightNetClassifier, LightNetGridConfig
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.config import ConfigError, build, changes, from_dict, to_dict, unknown_key
 from scanax.train.data import tokenizer as tokenizers
+from scanax.train.data.flow import FlowImageConfig
 from scanax.train.loop import param_table, place
+from scanax.train.tasks.rectified_flow import ObjectiveConfig, SamplerConfig
 
 CONFIGS = ("word_problem_s3", "word_problem_s3_long", "lm_embedded", "lm_characters", "lm_bpe")
 CONFIGS += ("lm_books", "lm_fineweb", "digits_mlp")
@@ -30,8 +32,9 @@ CONFIGS += ("lightnet_lm_embedded", "lightnet_lm_characters", "lightnet_wikitext
 CONFIGS += ("lightnet_mlm_embedded", "lightnet_mlm_reviews", "lightnet_mlm_base")
 CONFIGS += ("rmoe_lm_embedded", "rmoe_characters", "rmoe_enwik8", "rmoe_large")
 CONFIGS += ("rmoe_delta_product_lm_embedded",)
+CONFIGS += ("flow_toy", "flow_digits", "flow_cifar")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
-ELSEWHERE = ("lightnet_imagenet",)  # without its data there are no classes: tested below
+ELSEWHERE = ("lightnet_imagenet", "flow_rfpp")  # without data, or all sizes: tested below
 
 
 @pytest.fixture
@@ -100,6 +103,29 @@ def test_parameters_are_as_recorded(root, golden, files, name):
     _, shardings = place(task, config)
     table = param_table(task, shapes, shardings) + "\n"
     assert table == (golden / "configs" / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", flow_digits.STAGES)
+def test_stages_of_the_flow_of_digits(stage):
+    """All but the one that cannot do without a teacher are complete."""
+    config = flow_digits.get_config(stage)
+    if stage == "guided":
+        with pytest.raises(ConfigError, match=r"objective\.teacher is the flow"):
+            tasks.build(from_dict(config.to_dict()))
+    else:
+        tasks.build(from_dict(config.to_dict()))
+
+
+@pytest.mark.parametrize("data", flow_rfpp.RECIPES)
+def test_recipes_of_2_rfpp(files, data):
+    """The published sizes and schedules are valid; the images are not there but for CIFAR-10."""
+    config = from_dict(flow_rfpp.get_config(data).to_dict())
+    family = {"edm_songunet": unet.SongUNetConfig, "edm_dhariwal": unet.DhariwalUNetConfig}
+    model = build(family[config.family], config.model, "model")
+    build(ObjectiveConfig, config.objective, "objective")
+    build(SamplerConfig, config.sampler, "sampler")
+    build(FlowImageConfig, config.data, "data")
+    assert model == unet.preset(flow_rfpp.RECIPES[data][0])
 
 
 def test_every_config_file_is_tested(root):
