@@ -22,6 +22,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "classes": None,
     "pixels": None,
+    "channels": None,  # that a convolution reads
     "rank": None,  # of low-rank projections
     "rates": None,  # of positions and times
     "rates_heads": None,
