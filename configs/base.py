@@ -7,6 +7,7 @@ code, and which values are valid, stands with the code that reads them:
   OptimizerConfig   train/optimizer.py      WordProblemConfig   train/tasks/word_problem.py
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
   MLPConfig         models/mlp.py           FormalLanguageConfig  train/tasks/formal_language.py
+  ConvNetConfig     models/convnet.py
   RMoEConfig, RMoESeqConfig
                     models/rmoe/config.py
   LightNetLMConfig, LightNetGridConfig      ImageConfig         train/data/image_sources.py
@@ -326,6 +327,15 @@ def _mlp() -> dict:
     return {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
 
 
+def _convnet() -> dict:
+    return {
+        "stages": (32, 64),  # channels; the image is halved between stages
+        "convs_per_stage": 2,
+        "norm_groups": 8,  # of GroupNorm; 0 = no norm
+        "feature_size": 128,  # in front of the head
+    }
+
+
 def _velocity_mlp() -> dict:
     return {
         "hidden_size": 100,
@@ -461,7 +471,7 @@ _MODEL = {
     "formal_language": _CAUSAL,
     "language_model": {**_CAUSAL, "rmoe": _rmoe, "rmoe_seq": _rmoe_seq},
     "masked_language_model": {"lightnet": lambda: _lightnet_lm(causal=False)},
-    "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid},
+    "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid, "convnet": _convnet},
     "rectified_flow": {
         "ncsnpp": _ncsnpp,
         "edm_songunet": _edm_songunet,

@@ -41,9 +41,13 @@ class MLP(nn.Module):
 
     config: MLPConfig
 
-    @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] float32 -> logits [B, num_classes] float32."""
+        return self.features_and_logits(images)[1]
+
+    @nn.compact
+    def features_and_logits(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the head sees, [B, D], and the logits; arguments as for the call."""
         c = self.config
         init = nn.initializers.lecun_normal()
         dense = lambda size, axes, name: Dense(size, axes, init, "float32", "float32", name=name)
@@ -53,4 +57,5 @@ class MLP(nn.Module):
         for i in range(c.num_hidden_layers):
             mlp = SwiGLU(c.intermediate_size, init, "float32", "float32", name=f"mlp_{i}")
             x_BD = x_BD + mlp(norm(f"norm_{i}")(x_BD))
-        return dense(c.num_classes, ("embed", "classes"), "head")(norm("norm")(x_BD))
+        x_BD = norm("norm")(x_BD)
+        return x_BD, dense(c.num_classes, ("embed", "classes"), "head")(x_BD)

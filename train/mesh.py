@@ -23,6 +23,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "classes": None,
     "pixels": None,
     "augment": None,  # what was done to an image
+    "channels": None,  # that a convolution reads
     "rank": None,  # of low-rank projections
     "rates": None,  # of positions and times
     "rates_heads": None,

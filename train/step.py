@@ -137,7 +137,11 @@ def _gradients(task: Task, config: Config, mesh: Mesh, state: TrainState, batch,
         lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)),
         (loss, aux.weight, grads, dict(aux.metrics)),
     )
-    (extra, sums), rows = jax.lax.scan(accumulate, (extra, zeros), parts)
+    if config.microbatches == 1:  # XLA's CPU compiler slows gradients of convolutions in loops
+        (extra, sums), rows = accumulate((extra, zeros), jax.tree.map(lambda x: x[0], parts))
+        rows = jax.tree.map(lambda x: x[None], rows)
+    else:
+        (extra, sums), rows = jax.lax.scan(accumulate, (extra, zeros), parts)
     loss, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     metrics = {name: s / w for name, (s, w) in metrics.items()}

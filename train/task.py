@@ -77,6 +77,8 @@ class Task:
       complete: (params, extra, key, prompts, *, sampling, max_tokens, stops, stop_at_end) ->
         ``scanax.models.generation.Generated``; None if the family does not continue texts.
       decode: tokens -> text, for what ``complete`` returns.
+      features: (params, extra, images [B, H, W, C] float32 in [-1, 1]) -> (features [B, D], logits
+        [B, K]) of a classifier of images; None for other families.
       curve: the evaluation metric that is drawn, or None.
       analyses: name -> (params, extra, folder, rows, length) -> summary; writes figures and
         pictures. 0 rows or tokens is the analysis's own choice.
@@ -97,5 +99,6 @@ class Task:
     render: Callable[[Any], str | np.ndarray] | None = None
     complete: Callable[..., Any] | None = None
     decode: Callable[[Any], str] | None = None
+    features: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     curve: Curve | None = None
     analyses: Mapping[str, Callable[..., str]] = dataclasses.field(default_factory=dict)

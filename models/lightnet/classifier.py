@@ -21,7 +21,6 @@ class LightNetClassifier(nn.Module):
 
     config: LightNetGridConfig
 
-    @nn.compact
     def __call__(self, x: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """Classifies.
 
@@ -35,6 +34,13 @@ class LightNetClassifier(nn.Module):
         Raises:
           ValueError: if the patch does not divide the sides.
         """
+        return self.features_and_logits(x, keys=keys)[1]
+
+    @nn.compact
+    def features_and_logits(
+        self, x: jax.Array, *, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the head sees, [B, D], and the logits; arguments as for the call."""
         c = self.config
         x = Patches(c, c.patch_size, name="patches")(x)
         grid = x.shape[1:-1]
@@ -57,7 +63,7 @@ class LightNetClassifier(nn.Module):
         x_BD = x_BTD[:, 0] if c.class_token else jnp.mean(x_BTD, axis=1)
         wide, axes = accumulation_dtype(x_BD.dtype), ("embed", "classes")
         head = Dense(c.num_classes, axes, init, c.dtype, c.param_dtype, wide, True, name="head")
-        return head(x_BD)
+        return x_BD, head(x_BD)
 
 
 def survival(c: LightNetGridConfig, keys: jax.Array) -> jax.Array:

@@ -289,6 +289,4 @@ def _check_edm(config: Mapping[str, Any]) -> None:
 def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(
-                f"config {name}={config[name]!r} is not supported; only {value!r} is"
-            )
+            raise ValueError(f"config {name}={config[name]!r} is not supported; only {value!r} is")

@@ -38,9 +38,7 @@ def test_parameters_are_those_of_the_paper(size):
     d, layers, heads = SIZES[size]
     config = DiTConfig(d, layers, heads, (2, 2), 1000, "float32", "float32", False)
     example = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(
-        lambda: params_lib.initialise(DiT(config), jax.random.key(0), *example)
-    )
+    shapes = jax.eval_shape(lambda: params_lib.initialise(DiT(config), jax.random.key(0), *example))
     assert params_lib.count(shapes["layers_0"]) == 18 * d * d + 15 * d
     around = 17 * d + 257 * d + d * d + d + 1001 * d + 2 * d * (d + 1) + 16 * (d + 1)
     assert params_lib.count(shapes) == layers * (18 * d * d + 15 * d) + around

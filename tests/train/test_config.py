@@ -33,6 +33,7 @@ CONFIGS += ("lightnet_mlm_embedded", "lightnet_mlm_reviews", "lightnet_mlm_base"
 CONFIGS += ("rmoe_lm_embedded", "rmoe_characters", "rmoe_enwik8", "rmoe_large")
 CONFIGS += ("rmoe_delta_product_lm_embedded",)
 CONFIGS += ("flow_toy", "flow_digits", "flow_cifar")
+CONFIGS += ("digits_convnet", "mnist_convnet", "cifar_convnet")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
 ELSEWHERE = ("lightnet_imagenet", "flow_rfpp")  # without data, or all sizes: tested below
 

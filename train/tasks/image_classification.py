@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ...models import params as params_lib
+from ...models.convnet import ConvNet, ConvNetConfig
 from ...models.lightnet import LightNetClassifier, LightNetGridConfig
 from ...models.mlp import MLP, MLPConfig
 from ..config import Config, build as build_part
@@ -26,6 +27,7 @@ from .models import choose
 FAMILIES: Mapping[str, tuple[type, type[nn.Module]]] = {
     "mlp": (MLPConfig, MLP),
     "lightnet": (LightNetGridConfig, LightNetClassifier),
+    "convnet": (ConvNetConfig, ConvNet),
 }
 
 
@@ -73,6 +75,11 @@ def build(config: Config) -> Task:
             "top5_accuracy": (jnp.sum(right_B5), weight),
         }
 
+    def features(params, extra, images):
+        del extra
+        found: Any = module.apply({"params": params}, images, method="features_and_logits")
+        return found
+
     def spec(rows: int, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {
             "images": jax.ShapeDtypeStruct((rows, *images.shape), jnp.float32),
@@ -92,4 +99,5 @@ def build(config: Config) -> Task:
         evaluate=evaluate,
         train_data=functools.partial(images.train_batches, config.batch_size),
         eval_data=functools.partial(images.eval_batch, size),
+        features=features,
     )
