@@ -54,15 +54,15 @@ class Annealing:
         return jnp.full_like(k, self.value)
 
 
-def annealing(text: str) -> Annealing:
+def schedule(text: str) -> Annealing:
     """Of "linear:W", "exp:W", "cos:W" (W steps) or "fixed:beta".
 
     Raises:
       ValueError: for an unknown name or an impossible number.
     """
-    schedule, _, number = text.partition(":")
+    name, _, number = text.partition(":")
     try:
-        return Annealing(schedule, float(number))
+        return Annealing(name, float(number))
     except ValueError as error:
         known = "linear:W, exp:W, cos:W (W steps) or fixed:beta"
         raise ValueError(f"annealing {text!r}: use {known} ({error})") from None

@@ -8,6 +8,7 @@ For independent X_0 and X_1, the velocity is v(x, t) = E[X_1 - X_0 | X_t = x] (L
 is and the other a set of points.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -42,8 +43,7 @@ def mixture_velocity(source: Mixture, target: Mixture, x_BD: jax.Array, t_B: jax
 
     and the pairs are weighed by their density at x.
     """
-    log_BP, solved_BPD, gain_BPDD, step_PD = _pairs(source, target, x_BD, t_B)
-    v_BPD = step_PD[None] + jnp.einsum("bpij,bpj->bpi", gain_BPDD, solved_BPD, precision=_HIGHEST)
+    log_BP, v_BPD = _pairs(source, target, x_BD, t_B)
     share_BP = jax.nn.softmax(log_BP, axis=1)
     return jnp.einsum("bp,bpi->bi", share_BP, v_BPD, precision=_HIGHEST)
 
@@ -108,25 +108,38 @@ def empirical_velocity(images: jax.Array, x: jax.Array, t_B: jax.Array) -> jax.A
 
 
 def _pairs(source: Mixture, target: Mixture, x_BD, t_B):
-    """Of all pairs of components at x and t: log of weight times density [B, P], C^-1 (x - m)
-    [B, P, D], t S_b - (1 - t) S_a [B, P, D, D], and m_b - m_a [P, D]."""
-    pair = lambda f, a_K, b_L: f(a_K[:, None], b_L[None]).reshape(-1, *a_K.shape[1:])
-    t = t_B.astype(x_BD.dtype)
-    t_B11, t_B111 = t[:, None, None], t[:, None, None, None]
-    first, second = (lambda a, b: a + 0 * b), (lambda a, b: b + 0 * a)
-    m0_PD, m1_PD = (pair(f, source.mean, target.mean) for f in (first, second))
-    s0_PDD, s1_PDD = (pair(f, source.covariance, target.covariance) for f in (first, second))
-    mean_BPD = (1 - t_B11) * m0_PD[None] + t_B11 * m1_PD[None]
-    covariance_BPDD = jnp.square(1 - t_B111) * s0_PDD[None] + jnp.square(t_B111) * s1_PDD[None]
-    gain_BPDD = t_B111 * s1_PDD[None] - (1 - t_B111) * s0_PDD[None]
-    root_BPDD = jnp.linalg.cholesky(covariance_BPDD)
-    solve = lambda transpose, y: jax.lax.linalg.triangular_solve(
-        root_BPDD, y, left_side=True, lower=True, transpose_a=transpose
+    """Of all pairs of components: log of weight times density at x [B, P], velocity [B, P, D].
+
+    With S_a = L L^T and L^-1 S_b L^-T = U diag(l) U^T, the covariance is diagonal in the
+    coordinates y = (L U)^-1 (x - m_t) at all times: C_t = L U diag((1 - t)^2 + t^2 l) (L U)^T.
+    """
+    first = lambda a_K: jnp.repeat(a_K, len(target.weight), axis=0)
+    second = lambda b_L: jnp.tile(b_L, (len(source.weight),) + (1,) * (b_L.ndim - 1))
+    m0_PD, m1_PD = first(source.mean), second(target.mean)
+    root_PDD = first(jnp.linalg.cholesky(source.covariance))
+    half_PDD = _solve_lower(root_PDD, second(target.covariance))
+    l_PD, u_PDD = jnp.linalg.eigh(_solve_lower(root_PDD, jnp.swapaxes(half_PDD, 1, 2)))
+    basis_PDD = jnp.matmul(root_PDD, u_PDD, precision=_HIGHEST)
+    inverse_PDD = jnp.matmul(  # U^T L^-1
+        jnp.swapaxes(u_PDD, 1, 2), _solve_lower(root_PDD, _identity(root_PDD)), precision=_HIGHEST
     )
-    white = solve(False, (x_BD[:, None] - mean_BPD)[..., None])
-    log_weight_P = pair(lambda a, b: jnp.log(a) + jnp.log(b), source.weight, target.weight)
-    log_det_BP = jnp.sum(jnp.log(jnp.diagonal(root_BPDD, axis1=-2, axis2=-1)), axis=-1)
-    constant = 0.5 * x_BD.shape[1] * np.log(2 * np.pi).item()
-    square_BP = jnp.sum(jnp.square(white[..., 0]), axis=-1)
-    log_BP = log_weight_P[None] - log_det_BP - constant - 0.5 * square_BP
-    return log_BP, solve(True, white)[..., 0], gain_BPDD, m1_PD - m0_PD
+    t_B11 = t_B.astype(x_BD.dtype)[:, None, None]
+    away_BPD = x_BD[:, None] - (1 - t_B11) * m0_PD[None] - t_B11 * m1_PD[None]
+    y_BPD = jnp.einsum("pij,bpj->bpi", inverse_PDD, away_BPD, precision=_HIGHEST)
+    variance_BPD = jnp.square(1 - t_B11) + jnp.square(t_B11) * l_PD[None]
+    gain_BPD = (t_B11 * l_PD[None] - (1 - t_B11)) / variance_BPD
+    v_BPD = jnp.einsum("pij,bpj->bpi", basis_PDD, gain_BPD * y_BPD, precision=_HIGHEST)
+    log_root_P = jnp.sum(jnp.log(jnp.diagonal(root_PDD, axis1=1, axis2=2)), axis=1)
+    log_weight_P = jnp.log(first(source.weight)) + jnp.log(second(target.weight))
+    log_BP = -0.5 * jnp.sum(jnp.square(y_BPD) / variance_BPD + jnp.log(variance_BPD), axis=2)
+    constant = 0.5 * x_BD.shape[1] * math.log(2 * math.pi)
+    return log_BP + (log_weight_P - log_root_P)[None] - constant, v_BPD + (m1_PD - m0_PD)[None]
+
+
+def _solve_lower(root_PDD, y_PDD):
+    """L^-1 y."""
+    return jax.lax.linalg.triangular_solve(root_PDD, y_PDD, left_side=True, lower=True)
+
+
+def _identity(like_PDD):
+    return jnp.broadcast_to(jnp.eye(like_PDD.shape[1], dtype=like_PDD.dtype), like_PDD.shape)

@@ -19,6 +19,7 @@ Other arrays, such as the classifier of VGG16, are left out. The widths are thos
 from collections.abc import Mapping
 import pathlib
 from typing import Any
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +80,11 @@ def lpips(tensors: Mapping[str, Any], variant: str = "lpips") -> Distance:
 
     def distance(x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
         check_images(x_BHWC, y_BHWC, 3, 2 ** (len(BLOCKS) - 1))
-        x, y = path_lib.wide(x_BHWC), path_lib.wide(y_BHWC)
-        total_B = jnp.zeros(x.shape[:1], x.dtype)
-        for w_C, f, g in zip(weights, features(x), features(y), strict=True):
-            w = jnp.asarray(w_C, x.dtype)[None, None, None]
+        both = path_lib.wide(jnp.concatenate([x_BHWC, y_BHWC]))
+        total_B = jnp.zeros(x_BHWC.shape[:1], both.dtype)
+        for w_C, f in zip(weights, features(both), strict=True):
+            w = jnp.asarray(w_C, f.dtype)[None, None, None]
+            f, g = jnp.split(f, 2)
             total_B += jnp.mean(jnp.sum(w * jnp.square(f - g), axis=3), axis=(1, 2))
         return total_B
 
@@ -136,12 +138,18 @@ def _expect(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
     if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"not a .npz archive ({error})") from error
     if file.suffix == ".safetensors":
         try:
             import safetensors.numpy
         except ImportError:
             raise ValueError("reading it needs pip install 'scanax[interop]'") from None
-        return safetensors.numpy.load_file(file)
+        try:
+            return safetensors.numpy.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"not a .safetensors file ({error})") from error
     raise ValueError("the name must end in .npz or .safetensors")

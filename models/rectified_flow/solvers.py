@@ -284,7 +284,7 @@ def _checked(velocity: Velocity) -> Velocity:
 def _drawing(x, solver: Solver, key, noise):
     """(index) -> noise like x."""
     if not solver.draws:
-        return None
+        return lambda index: jnp.zeros_like(x)
     if noise is not None:
         if noise.shape != (solver.draws, *x.shape):
             raise ValueError(f"noise must be {(solver.draws, *x.shape)}, got {noise.shape}")

@@ -23,9 +23,9 @@ def test_schedules(check):
     names["beta_fix0p3"] = "fixed:0.3"
     assert set(names) == {key for key in file if key.startswith("beta")}
     for key, name in names.items():
-        schedule = annealing.annealing(name)
-        check(key, schedule.beta(steps.astype(jnp.float64)), file[key], 1e-12)
-        np.testing.assert_allclose(schedule.beta(jnp.int32(steps[3])), file[key][3], rtol=1e-6)
+        beta = annealing.schedule(name).beta
+        check(key, beta(steps.astype(jnp.float64)), file[key], 1e-12)
+        np.testing.assert_allclose(beta(jnp.int32(steps[3])), file[key][3], rtol=1e-6)
 
 
 def test_annealing_reflow(check, jit):
@@ -33,7 +33,7 @@ def test_annealing_reflow(check, jit):
     file = goldens.load("slim_losses")
     z0, x1, xi = (goldens.last(file[key]) for key in ("z0", "x1", "fresh_noise"))
     t = time_density("uniform").from_uniform(jnp.asarray(file["u"]))
-    schedule = annealing.annealing("linear:300000")
+    schedule = annealing.schedule("linear:300000")
 
     @jit
     def run(params, step, flip):
@@ -150,7 +150,7 @@ def test_flow_guided_distillation(check, jit):
 )
 def test_bad_annealing(text, message):
     with pytest.raises(ValueError, match=message):
-        annealing.annealing(text)
+        annealing.schedule(text)
 
 
 @pytest.mark.parametrize(
