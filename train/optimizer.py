@@ -37,9 +37,9 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm; 0 turns clipping off.
       ema_decay: of the parameter average; 0 turns the average off.
       ema_start: how the average forgets the first parameters: "warmup", a decay of at most
-        (1 + n) / (10 + n) in the n-th update, n = 1, 2, ... (score SDE, rectified flow, SlimFlow); "constant", the parameters
-        after the third update and the full decay from then on (2-RF++); or "halflife", a
-        half-life of at most a twentieth of the updates so far (EDM).
+        (1 + n) / (10 + n) in the n-th update, n = 1, 2, ... (score SDE, rectified flow, SlimFlow);
+        "constant", the parameters after the third update and the full decay from then on (2-RF++);
+        or "halflife", a half-life of at most a twentieth of the updates so far (EDM).
       freeze: regular expressions; parameters in whose path one is found, for example
         "layers/moe/router_head", are not updated...
       freeze_from: ...from this step on.

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...models import params as params_lib
 from ...models.rectified_flow import distillation, losses, recipe, solvers, time_density
-from ...models.rectified_flow.annealing import Annealing, anneal, annealing, flip_pair
+from ...models.rectified_flow.annealing import Annealing, anneal, flip_pair, schedule as annealing
 from ...models.rectified_flow.lpips import load_lpips
 from ...models.rectified_flow.perceptual import random_conv_distance, resized
 from .. import flow_analyses, flow_pictures
@@ -50,7 +50,7 @@ class ObjectiveConfig:
         with weights that the user has; "" for none.
       distance_size: images are resized to this for it: "" as they are, "64" as SlimFlow does,
         corners aligned, or "224" as 2-RF++ does.
-      annealing: share of fresh noise in the pairs' (``annealing.annealing``): "linear:300000";
+      annealing: share of fresh noise in the pairs' (``annealing.schedule``): "linear:300000";
         "none".
       flip: pairs are mirrored as one: "none", "example" or "batch", one coin for the batch.
       teacher: folder of a trained flow, for the two keys below; its averaged parameters are used.
