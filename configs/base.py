@@ -459,6 +459,7 @@ def _flow_objective() -> dict:
 def _flow_sampler() -> dict:
     return {
         "recipe": "rf_euler:100",  # models/rectified_flow/recipes.py
+        "label": -1,  # class of all samples; -1 = all in turn
         "invert": "rf_invert_euler:100",  # the way back to noise
         "features": "classifier",  # of the analysis quality; or classifier:DIR, pixels, pca:D, ...
         "recipes": ("rf_euler:1", "rf_euler:2", "rf_euler:4", "rf_euler:16", "rf_rk45"),  # likewise

@@ -4,8 +4,9 @@
       --workdir runs/cifar
 
 Sizes are 27.9m, 15.7m (the default), 7.0m and 3.4m, millions of parameters of DDPM++ (Zhu, Liu and
-Liu 2024). One GPU: 10,000 steps of 128 images, with a learning rate of 4e-4 and an average that forgets
-soon, instead of the published 800,000. It starts on a CPU too: see the README for the time of a step.
+Liu 2024). For one GPU: 10,000 steps of 128 images, with a learning rate of 4e-4 and an average that
+forgets soon, instead of the published 800,000. It starts on a CPU too: the README has the time of
+a step there.
 """
 
 import dataclasses

@@ -59,24 +59,23 @@ def main() -> None:
         run=f"{workdir}, step {run.step}",
         solver=text,
         seed=SEED.value,
+        batch_size=BATCH.value,
         shape=flow.data.shape,
         number=NUM.value,
         per_shard=PER_SHARD.value,
         from_data=FROM_DATA.value,
     )
-    made = write(plan, pathlib.Path(OUT.value), maker(flow, run.params, plan, BATCH.value))
+    made = write(plan, pathlib.Path(OUT.value), maker(flow, run.params, plan))
     logger.info("%s of %s pairs made now, in %s", f"{made:,}", f"{NUM.value:,}", OUT.value)
 
 
-def maker(
-    flow: Flow, params: Any, plan: PairsPlan, batch_size: int
-) -> Callable[[np.ndarray], Iterator[Pair]]:
-    """A function from numbers of pairs to the pairs, solved ``batch_size`` at once.
+def maker(flow: Flow, params: Any, plan: PairsPlan) -> Callable[[np.ndarray], Iterator[Pair]]:
+    """A function from numbers of pairs to the pairs.
 
     Raises, when it is called:
       ConfigError: if the solver does not reach its tolerance.
     """
-    key = jax.random.key(plan.seed)
+    key, batch_size = jax.random.key(plan.seed), plan.batch_size
 
     def make(numbers: np.ndarray) -> Iterator[Pair]:
         parts = range(0, len(numbers), batch_size)

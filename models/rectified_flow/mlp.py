@@ -66,10 +66,8 @@ class VelocityMLP(nn.Module):
         names = ["pixels", *("embed", "mlp") * c.num_hidden_layers]
         hidden_BH = jnp.concatenate([x_BD, t_B[:, None].astype(x_BD.dtype)], axis=-1)
         for i in range(c.num_hidden_layers):
-            axes = (
-                ("pixels", "embed") if i == 0 else ("embed", "mlp") if i % 2 else ("mlp", "embed")
-            )
+            axes = (names[i], names[i + 1])
             hidden_BH = jnp.tanh(dense(c.hidden_size, axes, f"hidden_{i}")(hidden_BH))
-        last = ("mlp" if c.num_hidden_layers % 2 == 0 else "embed", "pixels")
-        v_BD = dense(x_BD.shape[-1], last, "output")(hidden_BH)
+        axes = (names[c.num_hidden_layers], "pixels")
+        v_BD = dense(x_BD.shape[-1], axes, "output")(hidden_BH)
         return v_BD.astype(accumulation_dtype(v_BD.dtype))

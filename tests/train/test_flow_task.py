@@ -292,6 +292,23 @@ def test_images_are_evaluated_drawn_and_edited(images):
         call("transfer", 2)
 
 
+def test_what_is_no_image_or_class_is_refused(images):
+    _, run = images
+    flow = rectified_flow.flow_of(run.config)
+    x, label = jnp.full((2, 8, 8, 1), 127.0), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\]; the largest .* 127"):
+        flow.solve(run.params, x, label, "rf_invert_euler:2")
+    with pytest.raises(ValueError, match="the largest number of these is nan"):
+        flow.solve(run.params, x * jnp.nan, label, "rf_invert_euler:2")
+    with pytest.raises(ValueError, match="labels must be 0 to 9"):
+        flow.solve(run.params, x, label + 11, "rf_euler:2")
+    one = run_lib.load(images[0], sampler={"label": "3"})
+    chosen = one.task.sample(one.params, one.extra, jax.random.key(5), 4)
+    in_turn = run.task.sample(run.params, run.extra, jax.random.key(5), 4)
+    np.testing.assert_array_equal(chosen[3], in_turn[3])
+    assert np.any(chosen[0] != in_turn[0])
+
+
 def test_image_to_image(tmp_path, monkeypatch):
     """From dark images to bright ones: pairs are drawn anew in every epoch."""
     rng = np.random.default_rng(0)
@@ -353,6 +370,7 @@ def test_bad_configs_are_named(change, message):
     "change, message",
     [
         ({"model.num_classes": 4}, "smaller than the 10 classes"),
+        ({"sampler.label": 10}, "one of the 10 classes"),
         ({"data.start_path": "x"}, "start_path needs data.source=files"),
         ({"data.pairs": "x", "data.flip": True}, "set data.flip to 0"),
         ({"data.mixup": 0.5}, "no mixing"),

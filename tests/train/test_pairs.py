@@ -41,6 +41,7 @@ def plan(**changes) -> pairs_lib.PairsPlan:
         "run": "runs/x, step 1",
         "solver": "euler:1",
         "seed": 0,
+        "batch_size": 2,
         "shape": (3,),
         "number": 10,
         "per_shard": 4,
@@ -215,7 +216,7 @@ def test_wrong_way_is_an_error(teacher, tmp_path):
 
 def test_solver_that_does_not_arrive_is_an_error(teacher):
     run = run_lib.load(teacher)
-    make = generate_pairs.maker(flow_of(run.config), run.params, plan(solver="rk45:1e-12"), 2)
+    make = generate_pairs.maker(flow_of(run.config), run.params, plan(solver="rk45:1e-12"))
     with pytest.raises(ConfigError, match="rk45:1e-12 does not reach its tolerance from pair 0"):
         list(make(np.arange(2)))
 
@@ -225,7 +226,7 @@ def test_pairs_from_data_end_at_the_data(teacher):
     run = run_lib.load(teacher)
     flow = flow_of(run.config)
     backwards = plan(solver="rf_invert_euler:4", from_data=True)
-    (x0, x1, _, nfe), *_ = generate_pairs.maker(flow, run.params, backwards, 2)(np.arange(2))
+    (x0, x1, _, nfe), *_ = generate_pairs.maker(flow, run.params, backwards)(np.arange(2))
     ends, labels = flow.data.ends(np.arange(2), training=True)
     np.testing.assert_array_equal(x1, ends[0])
     found = flow.solve(run.params, jnp.asarray(ends), jnp.asarray(labels), "rf_invert_euler:4")

@@ -35,6 +35,8 @@ class PairsPlan:
       run: the folder of the teacher's run and its step, for people.
       solver: recipe, see ``scanax.models.rectified_flow.recipes``.
       seed: of the noise.
+      batch_size: pairs that were solved at once; a solver with adaptive steps chooses them for all
+        of these together.
       shape: of either end.
       number: of pairs.
       per_shard: pairs in a file.
@@ -45,6 +47,7 @@ class PairsPlan:
     run: str
     solver: str
     seed: int
+    batch_size: int
     shape: tuple[int, ...]
     number: int
     per_shard: int

@@ -112,6 +112,7 @@ class SamplerConfig:
 
     Attributes:
       recipe: of the solver, see ``scanax.models.rectified_flow.recipes``.
+      label: class of all samples; -1 for all classes in turn.
       invert: of the way back to noise, for the analyses that need it.
       features: by what the analysis "quality" compares images, see
         ``scanax.train.metrics.make_extractor``; "classifier" trains a small one on the data first.
@@ -119,6 +120,7 @@ class SamplerConfig:
     """
 
     recipe: str
+    label: int
     invert: str
     features: str
     recipes: tuple[str, ...]
@@ -174,7 +176,26 @@ class Flow:
     def solve(
         self, params, x: jax.Array, labels_B: jax.Array, text: str, keys_B=None, trajectory=False
     ) -> solvers.Solution:
-        """From x, [B, ...], by the recipe ``text``; compiled once per recipe and shape."""
+        """From x, [B, ...], by the recipe ``text``; compiled once per recipe and shape.
+
+        Raises:
+          ValueError: if images that are to become noise are not in [-1, 1], or for a label that
+            there is not.
+        """
+        if len(self.data.shape) == 3 and not recipe(text).to_data:
+            largest = float(jnp.max(jnp.abs(x)))
+            if not largest <= 1.001:
+                raise ValueError(
+                    f"images must be in [-1, 1]; the largest number of these is {largest:.4g}:"
+                    " divide grey levels by 127.5 and subtract 1"
+                )
+        if self.model.num_classes and not bool(
+            jnp.all((labels_B >= 0) & (labels_B <= self.model.num_classes))
+        ):
+            raise ValueError(
+                f"labels must be 0 to {self.model.num_classes - 1}, or {self.model.num_classes}"
+                f" for no class; got {np.unique(np.asarray(labels_B))}"
+            )
         return self._solve(params, x, labels_B, keys_B, recipe(text), trajectory)
 
     @functools.cached_property
@@ -188,12 +209,16 @@ class Flow:
     def starts(self, numbers: np.ndarray, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """X_0 [B, ...] and labels [B] of these numbers, and their keys [B] for other noise.
 
-        Noise is a function of the key and the number alone; labels take turns.
+        Noise is a function of the key and the number alone; labels take turns, or are the
+        sampler's.
         """
         keys_B2 = _split(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers)), 2)
         given = self.data.start(numbers, training=False)
         x = _normal(keys_B2[0], self.data.shape) if given is None else jnp.asarray(given)
-        return x, jnp.asarray(numbers % max(self.model.num_classes, 1), jnp.int32), keys_B2[1]
+        labels = numbers % max(self.model.num_classes, 1)
+        if self.sampler.label >= 0:
+            labels = np.full_like(numbers, self.sampler.label)
+        return x, jnp.asarray(labels, jnp.int32), keys_B2[1]
 
 
 def build_images(config: Config) -> Task:
@@ -245,6 +270,11 @@ def flow_of(config: Config) -> Flow:
         raise ValueError(
             f"model.num_classes ({model.num_classes}) is smaller than the {data.num_classes}"
             " classes of the data"
+        )
+    if not -1 <= sampler.label < max(model.num_classes, 0):
+        raise ValueError(
+            f"sampler.label must be -1 or one of the {model.num_classes} classes, got"
+            f" {sampler.label}"
         )
     if objective.flip != "none" and len(data.shape) != 3:
         raise ValueError("objective.flip mirrors images, and these are none")
