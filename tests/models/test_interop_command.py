@@ -175,3 +175,51 @@ def test_mistakes(published, tmp_path):
         assert result.returncode == 2, result.stdout
         assert re.search(message, result.stdout), result.stdout
         assert "Traceback" not in result.stdout and not new.exists()
+
+
+@pytest.mark.slow
+def test_diffusion_model_becomes_a_flow(golden, tmp_path, monkeypatch):
+    """EDM's network -> run -> pairs by EDM's sampler -> one update of 2-RF++ -> published again."""
+    with np.load(golden / "rectflow" / "edmnet_songunet_ncsnpp.npz") as arrays:
+        tensors = {n[3:]: arrays[n] for n in arrays if n[:3] in ("w::", "b::")}
+        config = json.loads(str(arrays["config_json"]))
+    tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
+    folder = write(tmp_path / "published", tensors, config)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.integers(0, 256, (40, 16, 16, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(40) % 5)
+    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
+    small = (
+        "--config=configs/flow_rfpp.py:cifar10",
+        "--config.data.path=x.npy",
+        "--config.data.eval_path=",
+        "--config.data.labels_path=labels.npy",
+        "--config.objective.distance_size=",
+        "--config.num_steps=1",
+        "--config.optimizer.warmup_steps=0",
+        "--config.batch_size=4",
+        "--config.evaluation.batches=1",
+        "--config.evaluation.batch_size=4",
+        "--config.evaluation.samples=0",
+    )
+    made = convert(folder, tmp_path / "edm", *small)
+    assert made.returncode == 0, made.stdout
+    assert "--config.model.num_classes=5" in made.stdout
+    start = scanax.train.load(tmp_path / "edm")
+    back = interop.to_torch("edm_songunet", start.params, config)
+    assert all(np.array_equal(back[name], x) for name, x in tensors.items() if name in back)
+
+    where = (f"--workdir={tmp_path / 'edm'}", f"--out={tmp_path / 'pairs'}", "--recipe=edm_heun:2")
+    pairs = run("scanax.train.generate_pairs", *where, "--num=12", "--batch_size=6")
+    assert pairs.returncode == 0, pairs.stdout
+    command = [x for x in shlex.split(made.stdout.strip().splitlines()[-1]) if "workdir" not in x]
+    ends = (f"--config.init_from={tmp_path / 'edm'}", f"--config.data.pairs={tmp_path / 'pairs'}")
+    trained = run(*command[2:], *ends, f"--workdir={tmp_path / 'run'}")
+    assert trained.returncode == 0, trained.stdout
+    exported = convert(tmp_path / "run", tmp_path / "export")
+    assert exported.returncode == 0, exported.stdout
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    _, params = interop.from_torch(
+        "edm_songunet", after, json.loads((tmp_path / "export" / "config.json").read_text())
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, scanax.train.load(tmp_path / "run").params)
