@@ -31,13 +31,14 @@ class LightNetDiT(nn.Module):
     config: LightNetDiTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, t_B: jax.Array, label_B: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x, t_B, label_B=None, *, keys=None) -> jax.Array:
         """Velocity, noise or score: what it is trained to be.
 
         Args:
           x: [B, H, W, C]; the patch must divide both sides.
           t_B: [B] times in [0, 1].
           label_B: [B] int classes, ``num_classes`` for "no class"; None where there are none.
+          keys: of all backbones; not needed here, where nothing is random.
 
         Returns:
           [B, H, W, C], or [B, H, W, 2 C] with ``learn_sigma``, float32 or better.
@@ -45,6 +46,7 @@ class LightNetDiT(nn.Module):
         Raises:
           ValueError: if the patch does not divide the image, or labels are missing or too many.
         """
+        del keys
         c = self.config
         if (label_B is None) != (c.num_classes == 0):
             raise ValueError(f"model.num_classes is {c.num_classes}: labels must fit that")
