@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.dtypes import accumulation_dtype
-from .layers import Dense, parameter
+from .layers import Dense, attend, parameter
 from .lightnet.dit import SIZES, join_patches, time_features
 
 __all__ = ["SIZES", "DiT", "DiTConfig"]
 NORM_EPS = 1e-6
 MLP_RATIO = 4
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class DiTConfig:
             raise ValueError(f"model.patch_size must be two sizes, got {self.patch_size}")
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes must not be negative, got {self.num_classes}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(DTYPES)}; got {getattr(self, name)!r}"
+                )
 
 
 class DiT(nn.Module):
@@ -151,8 +157,7 @@ class Block(nn.Module):
         split = lambda y: y.reshape(*y.shape[:2], c.num_heads, -1)
         qkv = _dense(c, 3 * c.hidden_size, ("embed", "heads"), "qkv")(x_BTD)
         q_BTNK, k_BTNK, v_BTNK = map(split, jnp.split(qkv, 3, axis=-1))
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own function needs it in bfloat16
-            o_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK)
+        o_BTNK = attend(q_BTNK, k_BTNK, v_BTNK)
         return _dense(c, c.hidden_size, ("heads", "embed"), "out")(o_BTNK.reshape(x_BTD.shape))
 
     def _mlp(self, x_BTD):

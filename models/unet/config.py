@@ -87,12 +87,6 @@ class UNetConfig:
         mults = enumerate(self.channel_mult)
         return [(self.image_size >> level, mult * self.model_channels) for level, mult in mults]
 
-    @property
-    def num_residuals(self) -> int:
-        """Residual blocks of the network."""
-        levels = len(self.channel_mult)
-        return levels * (2 * self.num_blocks + 1) + 2 * (levels - 1) + 2
-
 
 @dataclasses.dataclass(frozen=True)
 class NCSNppConfig(UNetConfig):

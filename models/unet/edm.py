@@ -18,7 +18,7 @@ from ...kernels.dtypes import accumulation_dtype
 from .blocks import Residual, Style
 from .config import CHANNELS_PER_HEAD, DhariwalUNetConfig, SongUNetConfig
 from .edm_embedding import ADMEmbedding, SongEmbedding
-from .layers import Conv, GroupNorm, Init, check_images, split_keys
+from .layers import Conv, GroupNorm, Init, block_keys, check_images
 from .ncsnpp import LABEL_SCALE
 from .preconditioning import velocity
 from .resample import NEAREST, smooth
@@ -71,7 +71,7 @@ class EDMUNet(nn.Module):
         c, n = self.config, _network(self.config)
         check_images(c, x_BHWC)
         s = n.style
-        own_keys = iter(split_keys(keys, c.num_residuals))
+        own_keys = block_keys(keys)
         conv = functools.partial(Conv, dtype=c.dtype, param_dtype=c.param_dtype)
         block_of = nn.remat(Residual) if c.remat else Residual
         embedding_BE = n.embedding(c, s.start, name="map")(noise_B, class_BK, augment_BA)

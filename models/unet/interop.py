@@ -4,12 +4,13 @@
 ``edm_dhariwal``: EDM's code and that of 2-RF++; the configuration is the constructor's arguments,
 and, ours, ``parameterisation`` ("edm" if not given) and ``sigma_data``.
 
-What is fixed is no parameter, and is checked and made anew: the unused ``sigmas`` of NCSN++, and the
-filters of EDM's networks, which a checkpoint may leave out. The random rates of the Fourier features
-are kept with the parameters, and not trained.
+What is fixed is no parameter, and is checked and made anew: the unused ``sigmas`` of NCSN++, and
+the filters of EDM's networks, which a checkpoint may leave out. The random rates of the Fourier
+features are kept with the parameters, and not trained.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -129,7 +130,7 @@ def ncsnpp_table(c: NCSNppConfig) -> dict[str, Leaf]:
 
 
 def ncsnpp_read(tensors: Tensors, config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Without ``sigmas``, and without the prefix that torch's DataParallel puts before all names."""
+    """Without ``sigmas``, and without the prefix of torch's DataParallel before all names."""
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
     return _without(tensors, {"sigmas": _sigmas(config)}), config
@@ -183,6 +184,7 @@ def edm_table(c: SongUNetConfig | DhariwalUNetConfig) -> dict[str, Leaf]:
 
 def edm_read(tensors: Tensors, config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Without the filters, and with queries, keys and values one behind the other."""
+    _check_edm(config)
     apart = {name: _regrouped(name, x, (-1, 3), (1, 0)) for name, x in tensors.items()}
     return _without(apart, _filters(config)), config
 
@@ -257,7 +259,8 @@ def _leaf(path: str, shape: tuple[int, ...], module: str) -> tuple[str, Leaf]:
     return "weight", linear(path, *shape[::-1])
 
 
-def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def _shapes(module: Any) -> Mapping[str, tuple[int, ...]]:
     """Of the parameters by path; nothing is computed."""
     c = module.config
     x = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, c.channels), jnp.float32)

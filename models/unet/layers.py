@@ -3,6 +3,8 @@
 Dimensions: B batch, H height, W width, C channels, G groups, I channels in, O channels out.
 """
 
+from collections.abc import Iterator
+import itertools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -115,12 +117,11 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x * (2**16 / kept), 0)
 
 
-def split_keys(keys_B: jax.Array | None, number: int) -> list[jax.Array | None]:
-    """[B] keys for each of ``number`` blocks; Nones for None."""
-    if keys_B is None:
-        return [None] * number
-    keys_BN = jax.vmap(lambda key: jax.random.split(key, number))(keys_B)
-    return [keys_BN[:, i] for i in range(number)]
+def block_keys(keys_B: jax.Array | None) -> Iterator[jax.Array | None]:
+    """The rows' keys [B] for one block after the other; Nones for None."""
+    for number in itertools.count():
+        fold_in = lambda key, number=number: jax.random.fold_in(key, number)
+        yield None if keys_B is None else jax.vmap(fold_in)(keys_B)
 
 
 def check_images(c, x_BHWC: jax.Array) -> None:

@@ -17,7 +17,7 @@ from ...kernels.dtypes import accumulation_dtype
 from .blocks import Attention, Residual, Style
 from .config import NCSNppConfig
 from .embedding import Fourier, positional
-from .layers import Conv, GroupNorm, Init, check_images, split_keys
+from .layers import Conv, GroupNorm, Init, block_keys, check_images
 from .resample import downsample, smooth, upsample
 
 LABEL_SCALE = 999.0  # of the time
@@ -67,7 +67,7 @@ class NCSNpp(nn.Module):
         c = self.config
         check_images(c, x_BHWC)
         s, number = _style(c), itertools.count()
-        own_keys = iter(split_keys(keys, c.num_residuals))
+        own_keys = block_keys(keys)
         name = lambda kind: f"{kind}_{next(number)}"
         conv = functools.partial(Conv, dtype=c.dtype, param_dtype=c.param_dtype)
         block_of, attention_of = (nn.remat(k) if c.remat else k for k in (Residual, Attention))

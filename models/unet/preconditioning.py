@@ -10,8 +10,8 @@ the terms in 1/t and 1/(1 - t) cancel:
   v = (sigma_data^2 t - (1 - t)) / r^2 X_t + sigma_data / r F(X_t / r, ln((1 - t) / t) / 4).
 
 This is finite for all t. Exactly at t = 0 it is -X_0 + sigma_data F(X_0), and at t = 1 it is
-X_1 + F(X_1 / sigma_data); only the noise label has no value there, and is that of 1e-5 and 1 - 1e-5,
-the ends of the published training.
+X_1 + F(X_1 / sigma_data); only the noise label has no value there, and is that of 1e-5 and of
+1 - 1e-5, the ends of the published training.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,10 @@ def velocity(
     t_B: jax.Array,
     sigma_data: float,
 ) -> jax.Array:
-    """v at [B] times in [0, 1], of F = network(x, noise label [B]): [B, H, W, C], float32 or better.
+    """v at [B] times in [0, 1], of F = network(x, noise label [B]).
 
-    Equation 7 of Karras et al. 2022 in the variables of the module's docstring.
+    [B, H, W, C], float32 or better. Equation 7 of Karras et al. 2022 in the variables of the
+    module's docstring.
     """
     wide = accumulation_dtype(x_BHWC.dtype)
     x, t = x_BHWC.astype(wide), t_B.astype(wide)[:, None, None, None]

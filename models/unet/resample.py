@@ -25,7 +25,7 @@ def check_taps(name: str, taps: Taps) -> None:
 
 
 def upsample(x_BHWC: jax.Array, taps: Taps) -> jax.Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C]: zeros between the pixels, then the filter, which sums to 4."""
+    """[B, H, W, C] -> [B, 2H, 2W, C]: zeros between pixels, then the filter, with a sum of 4."""
     return _double(_double(x_BHWC, taps, 1), taps, 2)
 
 
@@ -47,10 +47,10 @@ def _filter(x: jax.Array, taps: Taps, axis: int, pad: int, stride: int) -> jax.A
     """y_o = sum_l taps_l x_{stride o + l - pad} along an axis."""
     length = x.shape[axis] + 2 * pad
     x = _padded(x, axis, pad)
-    ends = [length - len(taps) + 1 + l for l in range(len(taps))]
+    starts = length - len(taps) + 1
     parts = (
-        jax.lax.slice_in_dim(x, l, end, stride, axis) * (tap / sum(taps))
-        for l, (tap, end) in enumerate(zip(taps, ends, strict=True))
+        jax.lax.slice_in_dim(x, i, i + starts, stride, axis) * (tap / sum(taps))
+        for i, tap in enumerate(taps)
     )
     return _sum(parts)
 
