@@ -53,9 +53,9 @@ def two_step_loss(
 
     With sg for stopped gradients,
 
-      y = xi + s sg(v(xi, eps)),   X1hat = y + (1 - s) v_teacher(y, s),
+      y = xi + s v(xi, eps),   X1hat = y + (1 - s) v_teacher(y, s),
 
-    and the loss compares xi + v_student(xi, eps) with sg(X1hat). The velocity of the first leg is
+    and the loss compares xi + v_student(xi, eps) with sg(X1hat). The velocity v of the first leg is
     the student's own, from the same evaluation (public code, and better by the paper's account), or
     the teacher's (their equation 12).
 
@@ -80,8 +80,7 @@ def two_step_loss(
     xi = path.wide(xi)
     eps_B, s = jnp.full(xi.shape[:1], eps, xi.dtype), path.along(s_B, xi)
     v = student(xi, eps_B)
-    leg = jax.lax.stop_gradient(v) if first == "student" else teacher(xi, eps_B)
+    leg = v if first == "student" else teacher(xi, eps_B)
     y = xi + s * leg.astype(xi.dtype)
-    end = path.predicted_data(y, teacher(y, s_B), s_B)
-    end = jax.lax.stop_gradient(end)
+    end = jax.lax.stop_gradient(path.predicted_data(y, teacher(y, s_B), s_B))
     return losses.per_example(name, v, xi, eps_B, xi, end, distance)
