@@ -8,14 +8,12 @@ are Z_0 + v(Z_0, eps). For k steps the times are "k_step:k" and the loss is "l2"
 of the recipe "rf_euler:k".
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from . import losses, path
-
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+from .perceptual import Distance
+from .solvers import Velocity
 
 EPS = 1e-3
 LEGS = (0.2, 0.8)  # s of flow-guided distillation is uniform between these
@@ -28,7 +26,7 @@ def pair_loss(
     x0: jax.Array,
     x1: jax.Array,
     t_B: jax.Array,
-    distance: losses.Distance | None = None,
+    distance: Distance | None = None,
     *,
     huber_c: float | str = "d",
 ) -> jax.Array:
@@ -44,7 +42,7 @@ def two_step_loss(
     teacher: Velocity,
     xi: jax.Array,
     s_B: jax.Array,
-    distance: losses.Distance | None = None,
+    distance: Distance | None = None,
     *,
     first: str = "student",
     eps: float = EPS,
