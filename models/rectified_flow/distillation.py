@@ -8,14 +8,12 @@ are Z_0 + v(Z_0, eps). For k steps the times are "k_step:k" and the loss is "l2"
 of the recipe "rf_euler:k".
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from . import losses, path
-
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+from .perceptual import Distance
+from .solvers import Velocity
 
 EPS = 1e-3
 LEGS = (0.2, 0.8)  # s of flow-guided distillation is uniform between these
@@ -28,7 +26,7 @@ def pair_loss(
     x0: jax.Array,
     x1: jax.Array,
     t_B: jax.Array,
-    distance: losses.Distance | None = None,
+    distance: Distance | None = None,
     *,
     huber_c: float | str = "d",
 ) -> jax.Array:
@@ -44,7 +42,7 @@ def two_step_loss(
     teacher: Velocity,
     xi: jax.Array,
     s_B: jax.Array,
-    distance: losses.Distance | None = None,
+    distance: Distance | None = None,
     *,
     first: str = "student",
     eps: float = EPS,
@@ -53,9 +51,9 @@ def two_step_loss(
 
     With sg for stopped gradients,
 
-      y = xi + s sg(v(xi, eps)),   X1hat = y + (1 - s) v_teacher(y, s),
+      y = xi + s v(xi, eps),   X1hat = y + (1 - s) v_teacher(y, s),
 
-    and the loss compares xi + v_student(xi, eps) with sg(X1hat). The velocity of the first leg is
+    and the loss compares xi + v_student(xi, eps) with sg(X1hat). The velocity v of the first leg is
     the student's own, from the same evaluation (public code, and better by the paper's account), or
     the teacher's (their equation 12).
 
@@ -80,8 +78,7 @@ def two_step_loss(
     xi = path.wide(xi)
     eps_B, s = jnp.full(xi.shape[:1], eps, xi.dtype), path.along(s_B, xi)
     v = student(xi, eps_B)
-    leg = jax.lax.stop_gradient(v) if first == "student" else teacher(xi, eps_B)
+    leg = v if first == "student" else teacher(xi, eps_B)
     y = xi + s * leg.astype(xi.dtype)
-    end = path.predicted_data(y, teacher(y, s_B), s_B)
-    end = jax.lax.stop_gradient(end)
+    end = jax.lax.stop_gradient(path.predicted_data(y, teacher(y, s_B), s_B))
     return losses.per_example(name, v, xi, eps_B, xi, end, distance)

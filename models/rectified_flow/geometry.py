@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from . import path
+from .solvers import Velocity
 
 COSTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "squared": lambda d_BD: jnp.sum(jnp.square(d_BD), axis=1),
@@ -49,7 +50,7 @@ def mean_straightness(trajectory: jax.Array) -> jax.Array:
 
 
 def crossing(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Velocity,
     x0: jax.Array,
     x1: jax.Array,
     steps: int,

@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from . import path
-
-Distance = Callable[[jax.Array, jax.Array], jax.Array]
+from .perceptual import Distance
 
 HUBER_RATE = 0.00054
 HUBER_FORMS = ("d", "sqrt_d")

@@ -93,8 +93,11 @@ class Solver:
             raise ValueError("solver rk45 chooses its steps: give grid=(start, end) only")
         if self.rule == "renoise" and self.method not in ("euler", "heun"):
             raise ValueError(f"solver.rule 'renoise' is for euler and heun, not {self.method}")
-        if self.rule == "renoise" and self.displacement == "unit":
-            raise ValueError("solver.rule 'renoise' goes to times: use displacement 'grid'")
+        to_times = self.rule == "renoise" or self.method == "cm_stochastic"
+        if to_times and self.displacement == "unit":
+            raise ValueError("'renoise' and cm_stochastic go to times: use displacement 'grid'")
+        if (self.sigma and self.method != "sde") or (self.per_sample and self.method != "rk45"):
+            raise ValueError("solver.sigma is for sde, solver.per_sample for rk45")
         if not self.to_data and (self.rule == "renoise" or self.method in _STOCHASTIC):
             raise ValueError("sde, cm_stochastic and 'renoise' go to data: the grid must rise")
         if self.method in EDM and not (0 < self.grid[0] and self.grid[-1] == 1):
@@ -204,13 +207,14 @@ def _fixed(call, x, solver: Solver, draw, trajectory: bool) -> Solution:
     start, steps = x, solver.steps
     grid = jnp.asarray(solver.grid, x.dtype)
     ahead = path.predicted_data if solver.to_data else path.predicted_noise
-    sign = 1.0 if solver.to_data else -1.0
+    unit = 1 / steps if solver.to_data else -1 / steps
+    length = lambda t, t_next: unit if solver.displacement == "unit" else t_next - t
 
     def move(x, v, t, t_next):
         """A step with velocity v, under the rule."""
         if solver.rule == "renoise":
             return t_next * ahead(x, v, _all(t, x)) + (1 - t_next) * start
-        return x + (sign / steps if solver.displacement == "unit" else t_next - t) * v
+        return x + length(t, t_next) * v
 
     def step(carry, at):
         x, nfe = carry
@@ -226,7 +230,7 @@ def _fixed(call, x, solver: Solver, draw, trajectory: bool) -> Solution:
 
             v, seen, nfe = jax.lax.cond(index < steps - 1, correct, lambda: (v, end, nfe))
         if solver.method == "sde" and solver.sigma:
-            x_next = _diffuse(x, v, t, sign / steps, solver, draw(index))
+            x_next = _diffuse(x, v, t, length(t, t_next), solver, draw(index))
         elif solver.method == "cm_stochastic":
             x_next = t_next * end + (1 - t_next) * draw(index)
         else:

@@ -222,6 +222,13 @@ def test_straightness_of_a_bent_line(jit):
     np.testing.assert_allclose(geometry.mean_straightness(even), [1.0])
 
 
+def test_crossing_is_an_integral(jit):
+    """Of ||t||^2 over time, for a pair that stays where it is."""
+    drift = lambda x, t_B: t_B[:, None] + 0 * x
+    crossing = jit(lambda x: geometry.crossing(drift, x, x, 50))(jnp.zeros((1, 3)))
+    np.testing.assert_allclose(crossing, [3 * 1 / 3], rtol=2e-4)
+
+
 def test_mixture_samples(jit):
     mixture = exact.Mixture(
         jnp.asarray([0.8, 0.2]),

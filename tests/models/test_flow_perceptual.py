@@ -101,6 +101,8 @@ def test_gradient_of_lpips(jit):
     rise = (run(x + step, y)[0][1] - run(x - step, y)[0][1])[0] / 2
     np.testing.assert_allclose(rise, 1e-5 * np.abs(gradient[0]).sum(), rtol=1e-4)
     assert not np.any(gradient[1])
+    zero = jnp.zeros((1, 1, 1, 4))  # a norm has no gradient there
+    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(lpips._normalise(x)))(zero)))
 
 
 def test_weights_from_files(tmp_path, jit):

@@ -211,21 +211,38 @@ def curved(x, t_B):
 def test_evaluations_are_counted(jit):
     """Against a counter of the calls that really happen."""
     assert {name.split(":")[0] for name in NFE} == set(RECIPES)
-    calls = []
+    calls = {name: [] for name in NFE}
 
-    def counting(x, t_B):
-        jax.debug.callback(lambda t: calls.append(float(t)), t_B[0])
-        return curved(x, t_B)
+    def counting(name):
+        def velocity(x, t_B):
+            jax.debug.callback(lambda t: calls[name].append(float(t)), t_B[0])
+            return curved(x, t_B)
+
+        return velocity
+
+    def run(x, keys):
+        names = zip(NFE, keys, strict=True)
+        return {name: solve(counting(name), x, recipe(name), key=key) for name, key in names}
 
     x = jnp.linspace(-1, 1, 6, dtype=jnp.float64).reshape(3, 2)
+    solutions = jit(run)(x, list(jax.random.split(jax.random.key(0), len(NFE))))
+    jax.effects_barrier()
     for name, nfe in NFE.items():
-        calls.clear()
-        found = jit(lambda x, n=name: solve(counting, x, recipe(n), key=jax.random.key(0)))(x)
-        jax.effects_barrier()
-        assert found.nfe == len(calls) and found.nfe.shape == (), name
+        found = solutions[name]
+        assert found.nfe == len(calls[name]) and found.nfe.shape == (), name
         assert nfe in (None, found.nfe), name
-        assert all(0 <= t <= 1 for t in calls) and np.all(found.reached)
+        assert all(0 <= t <= 1 for t in calls[name]) and np.all(found.reached)
         assert set(found.time.tolist()) == {recipe(name).grid[-1]}
+
+
+def test_the_sde_on_a_grid_of_ones_own(jit):
+    """Steps are as long as the grid says: with hardly any diffusion it is Euler's method."""
+    x, grid = jnp.ones((1, 2)), (0.0, 0.1, 0.4, 1.0)
+    sde, euler = (
+        jit(lambda x, s=s: solve(curved, x, s, noise=jnp.ones((3, 1, 2))).x)(x)
+        for s in (Solver("sde", grid, sigma=1e-6), Solver("euler", grid))
+    )
+    np.testing.assert_allclose(sde, euler, atol=1e-5)
 
 
 def test_every_example_by_itself(jit):
@@ -247,12 +264,15 @@ def test_every_example_by_itself(jit):
 
 
 def test_rejected_steps_and_hard_starts(jit):
-    """Whole batches as scipy: a kink rejects steps; nothing moves; nothing is there."""
+    """Whole batches as scipy: a kink rejects steps; nothing moves; nothing is there; and hardly
+    anything moves, so that the first step would like to look beyond the end."""
     kink = lambda x, t: jnp.where(t[:, None] > 0.5, 40 * jnp.cos(40 * x), x)
     still = lambda x, t: 0 * x
+    slow = lambda x, t: jnp.where(t[:, None] > 1, jnp.nan, 1e-3 * jnp.cos(3 * t[:, None]) + 0 * x)
     cases = {
         "kink": (kink, lambda t, x: np.where(t > 0.5, 40 * np.cos(40 * x), x), [0.3, -0.7]),
         "still": (still, lambda t, x: 0 * x, [0.3, -0.7]),
+        "slow": (slow, lambda t, x: 1e-3 * np.cos(3 * t) + 0 * x, [1e3, 2e3]),
         "zero": (curved, lambda t, x: np.sin(3 * x) + np.cos(5 * t) - x, [0.0, 0.0]),
     }
     for name, (ours, theirs, start) in cases.items():
@@ -382,6 +402,9 @@ def test_bad_recipes(text, message):
         ({"rule": "renoise", "grid": (1.0, 0.0)}, "the grid must rise"),
         ({"rule": "renoise", "displacement": "unit"}, "use displacement 'grid'"),
         ({"rule": "renoise", "method": "rk45"}, "is for euler and heun"),
+        ({"method": "cm_stochastic", "displacement": "unit"}, "use displacement 'grid'"),
+        ({"sigma": 0.1}, "solver.sigma is for sde"),
+        ({"per_sample": True}, "solver.per_sample for rk45"),
         ({"method": "sde", "input_noise": 0.1}, "is for euler, heun and rk45"),
         ({"max_steps": 0}, "max_steps must be positive"),
     ],
