@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import scipy.signal
 
 from scanax.configs import base
 from scanax.train import load, metrics, train
 from scanax.train.data import embedded
 from scanax.train.grid import image_grid, write_png
-from scanax.train.metrics import batches
+from scanax.train.metrics import batches, random_conv
 from scanax.train.quantise import quantise
 
 DIGITS = embedded.digits()[0]
@@ -80,6 +81,24 @@ def test_random_convolutions():
     np.testing.assert_array_equal(first(grey), first(np.repeat(grey, 3, axis=-1)))
 
 
+def test_random_convolutions_by_definition():
+    """In float64, one channel at a time."""
+    kernels = random_conv.weights(7)
+    image = np.random.default_rng(0).integers(0, 256, (1, 6, 7, 3), np.uint8)
+    maps, want = np.moveaxis(image[0] / 127.5 - 1, -1, 0), []
+    for i, kernel in enumerate(kernels):
+        if i:  # means of 2 x 2
+            rows, columns = maps.shape[1] // 2 * 2, maps.shape[2] // 2 * 2
+            maps = sum(maps[:, a:rows:2, b:columns:2] for a in (0, 1) for b in (0, 1)) / 4
+        convolve = lambda f, kernel=kernel, maps=maps: sum(
+            scipy.signal.correlate2d(maps[c], kernel[:, :, c, f], "same") for c in range(len(maps))
+        )
+        maps = np.maximum([convolve(f) for f in range(kernel.shape[-1])], 0)
+        want += [maps.mean(axis=(1, 2)), maps.std(axis=(1, 2))]
+    found = metrics.make_extractor("random_conv:7")(image)[0]
+    np.testing.assert_allclose(found, np.concatenate(want), atol=1e-5)
+
+
 def test_classifier(workdir):
     """Features are what the head sees; the name knows data, accuracy and parameters."""
     found = metrics.make_extractor(f"classifier:{workdir}")
@@ -93,9 +112,11 @@ def test_classifier(workdir):
     features, p = classifier.features_and_probabilities(REAL)
     np.testing.assert_array_equal(features, found(REAL).astype(np.float32))
     assert features.shape == (300, 16) and p.shape == (300, 10)
-    head = run.params["head"]
-    logits = features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])[None]
-    np.testing.assert_allclose(p, jax.nn.softmax(jnp.asarray(logits)), atol=1e-5)
+    batch = jnp.asarray(run.task.eval_data(0)["images"])  # floats, as in the evaluation
+    want, logits = run.task.features(run.params, run.extra, batch)
+    features, p = classifier.features_and_probabilities(quantise(batch).images)
+    np.testing.assert_allclose(features, want, atol=1e-5)
+    np.testing.assert_allclose(p, jax.nn.softmax(logits), atol=1e-5)
     assert 1 <= metrics.class_score(p).mean <= 10
     with pytest.raises(ValueError, match=r"images of shape \(8, 9, 1\), but the classifier"):
         found(np.zeros((2, 8, 9, 1), np.uint8))
