@@ -49,7 +49,7 @@ def define_sampler():
 def sampler() -> dict[str, str]:
     """The values of --sampler, as they were written."""
     given = {}
-    for text in flags.FLAGS["sampler"].value:
+    for text in flags.FLAGS["sampler"].value or ():
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--sampler {text} should look like KEY=VALUE")

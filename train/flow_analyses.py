@@ -76,7 +76,7 @@ def geometry(
         pairs = flow.data.pairs.batch(numbers % len(flow.data.pairs), numbers)
         x0, x1, labels = (jnp.asarray(pairs[n]) for n in ("x0", "x1", "labels"))
     x1 = jnp.asarray(x1)
-    found = {"samples": len(numbers), "solver": text}
+    found: dict[str, Any] = {"samples": len(numbers), "solver": text}
     sums = {n: 0.0 for n in ("straightness", "mean_straightness", "crossing")}
     costs = {f"{c}_{n}": 0.0 for c in geometry_lib.COSTS for n in ("pairs", "flow")}
     for part in _parts(len(numbers)):
@@ -105,7 +105,8 @@ def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, len
     x0, labels, _ = flow.starts(np.arange(number), jax.random.key(SEED))
     means = flow.data.config.means()[1]
     radius = 3 * flow.data.config.variance**0.5
-    found, ends = {"samples": number}, {}
+    found: dict[str, float] = {"samples": number}
+    ends: dict[int, np.ndarray] = {}
     for n in (1, 2, 10, steps):
         ends[n] = np.asarray(flow.solve(params, x0, labels, f"euler:{n}").x)
         distance = np.linalg.norm(ends[n][:, None] - means[None], axis=-1).min(axis=1)

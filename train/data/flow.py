@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import draws as draws_lib
-from .image_sources import ImageConfig
+from .image_sources import ImageConfig, Images
 from .images import Augmented, ImageSet
 from .pairs import Pairs, check_pairs
 from .pipeline import Batch, Batches, DataError, Source, eval_batch, order
@@ -119,7 +119,7 @@ class FlowImages:
 
     def real(self, number: int, training: bool) -> np.ndarray:
         """The first images of a part, at most ``number``: [N, H, W, C] uint8."""
-        images = self._images.parts[0 if training else 1]
+        images = _part(self._images, training)
         return images.take(np.arange(min(number, len(images))))[0]
 
     def ends(self, numbers: np.ndarray, training: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,12 +136,16 @@ class FlowImages:
         return source.batch(numbers % len(source), numbers)["images"]
 
     def _source(self, training: bool) -> Source:
-        part = 0 if training else 1
         sets = [self._images] + ([] if self.starts is None else [self.starts])
-        return _Ends([Augmented(s.parts[part], s.config, 0, training) for s in sets])
+        return _Ends([Augmented(_part(s, training), s.config, 0, training) for s in sets])
 
     def _plain(self, images: ImageSet, training: bool) -> Augmented:
-        return Augmented(images.parts[0 if training else 1], images.config, 0, training=False)
+        return Augmented(_part(images, training), images.config, 0, training=False)
+
+
+def _part(images: ImageSet, training: bool) -> Images:
+    train, evaluation, _ = images.parts
+    return train if training else evaluation
 
 
 class _Ends:

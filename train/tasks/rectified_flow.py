@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from ..config import Config, ConfigError, build as build_part, from_dict
 from ..data.flow import FlowImageConfig, FlowImages
 from ..data.mixtures import MixtureConfig, MixtureData
 from ..data.pairs import Pairs
-from ..data.pipeline import IGNORE, Batch, Batches
+from ..data.pipeline import IGNORE, Batches
 from ..task import Aux, Curve, Task
 from .flow_models import FlowModel, flow_model
 
@@ -133,21 +133,7 @@ class SamplerConfig:
             raise ValueError(f"sampler.invert: recipe {self.invert!r} goes to data")
 
 
-class FlowData(Protocol):
-    """Where a flow begins and ends: ``FlowImages``, ``MixtureData``."""
-
-    config: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def pairs(self) -> Pairs | None: ...
-    def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches: ...
-    def eval_batch(self, size: int, index: int) -> Batch | None: ...
-    def ends(self, numbers: np.ndarray, training: bool) -> tuple[np.ndarray, np.ndarray]: ...
-    def start(self, numbers: np.ndarray, training: bool) -> np.ndarray | None: ...
+FlowData = FlowImages | MixtureData  # they have the same methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +227,10 @@ def build_images(config: Config) -> Task:
 def build_points(config: Config) -> Task:
     """The task: a flow of points in the plane."""
     flow = flow_of(config)
+    mixtures: Any = flow.data.config
     return make_task(
         flow,
-        functools.partial(flow_pictures.points, flow.data.config),
+        functools.partial(flow_pictures.points, mixtures),
         {
             "geometry": functools.partial(flow_analyses.geometry, flow),
             "toy": functools.partial(flow_analyses.toy, flow),
