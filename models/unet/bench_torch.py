@@ -13,8 +13,8 @@ import math
 import os
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import torch  # pyright: ignore[reportMissingImports]
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
 from .config import NCSNppConfig
 from .ncsnpp import LABEL_SCALE

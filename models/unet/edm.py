@@ -73,7 +73,7 @@ class EDMUNet(nn.Module):
         s = n.style
         own_keys = block_keys(keys)
         conv = functools.partial(Conv, dtype=c.dtype, param_dtype=c.param_dtype)
-        block_of = nn.remat(Residual) if c.remat else Residual
+        block_of: Any = nn.remat(Residual) if c.remat else Residual
         embedding_BE = n.embedding(c, s.start, name="map")(noise_B, class_BK, augment_BA)
 
         def block(h, width, name, resample="", attention=False):

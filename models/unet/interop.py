@@ -110,7 +110,7 @@ def ncsnpp_public(c: NCSNppConfig) -> dict[str, Any]:
 def ncsnpp_table(c: NCSNppConfig) -> dict[str, Leaf]:
     """All tensors that are parameters."""
     table = {}
-    for path, shape in _shapes(NCSNpp(c)).items():
+    for path, shape in _shapes(NCSNpp, c).items():
         kind, number = path.split("/")[0].rsplit("_", 1)
         *_, module, leaf = path.split("/")
         name = f"all_modules.{number}"
@@ -170,7 +170,7 @@ def dhariwal_public(c: DhariwalUNetConfig) -> dict[str, Any]:
 def edm_table(c: SongUNetConfig | DhariwalUNetConfig) -> dict[str, Leaf]:
     """All tensors that are no filters; queries, keys and values one behind the other."""
     table = {}
-    for path, shape in _shapes(EDMUNet(c)).items():
+    for path, shape in _shapes(EDMUNet, c).items():
         if path == "map/noise/frequencies":
             table["map_noise.freqs"] = vector(path, *shape)
             continue
@@ -260,13 +260,13 @@ def _leaf(path: str, shape: tuple[int, ...], module: str) -> tuple[str, Leaf]:
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(module: Any) -> Mapping[str, tuple[int, ...]]:
+def _shapes(kind: Any, c: Any) -> Mapping[str, tuple[int, ...]]:
     """Of the parameters by path; nothing is computed."""
-    c = module.config
     x = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, c.channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    tree = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x, t)["params"])
-    return {path: leaf.shape for path, leaf in traverse.flatten_dict(tree, sep="/").items()}
+    tree = nn.meta.unbox(jax.eval_shape(kind(c).init, jax.random.key(0), x, t)["params"])
+    flat: Any = traverse.flatten_dict(tree, sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _fields(config: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:

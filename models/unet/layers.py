@@ -55,10 +55,10 @@ class Conv(nn.Module):
         if size == 1:
             y = jnp.matmul(x, kernel)
         else:
-            pads = [(size // 2 if pad is None else pad,) * 2] * 2
+            pad = size // 2 if pad is None else pad
             dimensions = ("NHWC", "HWIO", "NHWC")
             y = jax.lax.conv_general_dilated(
-                x, kernel, (stride, stride), pads, dimension_numbers=dimensions
+                x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=dimensions
             )
         if not self.bias:
             return y

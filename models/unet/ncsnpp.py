@@ -8,6 +8,7 @@ of BigGAN's type are here, with features of the time in every one.
 
 import functools
 import itertools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,7 +71,8 @@ class NCSNpp(nn.Module):
         own_keys = block_keys(keys)
         name = lambda kind: f"{kind}_{next(number)}"
         conv = functools.partial(Conv, dtype=c.dtype, param_dtype=c.param_dtype)
-        block_of, attention_of = (nn.remat(k) if c.remat else k for k in (Residual, Attention))
+        block_of: Any = nn.remat(Residual) if c.remat else Residual
+        attention_of: Any = nn.remat(Attention) if c.remat else Attention
 
         def block(h, width, resample=""):
             module = block_of(s, width, resample, name=name("block"))
