@@ -15,7 +15,7 @@ from .features import INCEPTION, FeatureExtractor, check_images
 ROWS = {
     "fid": ("FID", ".3f"),
     "frechet_distance": ("Frechet distance", ".4g"),
-    "kid": ("KID (cubic kernel)", ".4g"),
+    "kid": ("kernel distance, cubic", ".4g"),
     "kid_stderr": ("  standard error", ".2g"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
