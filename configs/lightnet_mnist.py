@@ -5,7 +5,8 @@ SCANAX_DATA=... python -m scanax.train.main --config configs/lightnet_mnist.py -
 The file in data.path is cut in two: a tenth of its images is held out. With the 60,000 training
 images, name the test images in data.eval_path.
 
-Expect 95.8 % of the held-out images after 1,500 steps, the mean of 3 seeds, in about 5 minutes. Without parts:
+Expect 95.8 % of the held-out images after 1,500 steps, the mean of 3 seeds, in about 5 minutes.
+Without parts:
 
   SCANAX_DATA=... python -m scanax.train.sweep --config configs/lightnet_mnist.py \\
       --workdir runs/mnist_sweep --metrics accuracy,loss \\

@@ -114,7 +114,7 @@ def test_training_and_evaluation_never_fall_back(monkeypatch):
         raise AssertionError("experts are not divided")
 
     monkeypatch.setattr(moe, "expert_mlp", forbidden)
-    assert "all_to_all" in step.lower(state, batch).as_text()
+    assert "all_to_all" in step.lower(state, batch, {}).as_text()
     evaluation.make_evaluator(task, c, mesh)(state.params, state.extra)
     with pytest.raises(AssertionError, match="not divided"):
         task.loss(state.params, state.extra, batch, None)  # nothing surrounds it

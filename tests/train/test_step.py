@@ -90,7 +90,7 @@ def test_microbatches_stay_on_their_devices():
     state = jax.tree.map(as_args, shapes, shardings)
     sharding = mesh_lib.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: as_args(x, sharding), dict(task.batch_spec))
-    text = jit_step(make_step(task, c, mesh), shardings, mesh).lower(state, batch).compile()
+    text = jit_step(make_step(task, c, mesh), shardings, mesh).lower(state, batch, {}).compile()
     program = text.as_text()
     # Per device: 8 examples / 4 devices / 2 microbatches = 1 row of 9 tokens, never more.
     assert re.search(r"s32\[1,9\]", program)
