@@ -4,7 +4,8 @@ SCANAX_DATA=... python -m scanax.train.main --config configs/cifar_convnet.py --
 
 data.path and data.eval_path are folders, here in a zip, with one folder for each class.
 
-Sized for a GPU: 51 epochs, 0.2 TFLOP a step. Not trained to the end yet; on a CPU it starts, at 12 s
+Sized for a GPU: 51 epochs, 0.2 TFLOP a step. Not trained to the end yet; on a CPU it starts,
+at 12 s
 a step on half a core.
 """
 
