@@ -17,9 +17,10 @@ code, and which values are valid, stands with the code that reads them:
   NCSNppConfig, SongUNetConfig, DhariwalUNetConfig  models/unet/config.py
   DiTConfig         models/dit.py           FlowImageConfig     train/data/flow.py
   ObjectiveConfig, SamplerConfig            MixtureConfig       train/data/mixtures.py
-                    train/tasks/rectified_flow.py
+                    train/tasks/flow_config.py
 
-Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
+One file, however long: it is the one place where one looks a key up. Any key can be set from the
+command line: ``--config.optimizer.learning_rate=1e-3``.
 """
 
 import ml_collections

@@ -27,7 +27,7 @@ from . import flags as flags_lib, run as run_lib
 from .checksum import fingerprint, tree_checksums
 from .config import ConfigError
 from .data.pairs import Pair, PairsPlan, write
-from .tasks.rectified_flow import Flow, flow_of
+from .tasks.flow import Flow, flow_of
 
 logger = logging.getLogger("scanax")
 

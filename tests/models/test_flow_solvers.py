@@ -199,6 +199,8 @@ NFE = {
     "rk45": None,
     "rf_rk45:1e-3": None,
     "rf_invert_rk45": None,
+    "edm_euler:4": 4,
+    "edm_heun:3": 5,
 }
 
 

@@ -21,7 +21,7 @@ from scanax.train.config import ConfigError, build, changes, from_dict, to_dict,
 from scanax.train.data import tokenizer as tokenizers
 from scanax.train.data.flow import FlowImageConfig
 from scanax.train.loop import param_table, place
-from scanax.train.tasks.rectified_flow import ObjectiveConfig, SamplerConfig
+from scanax.train.tasks.flow_config import ObjectiveConfig, SamplerConfig
 
 CONFIGS = ("word_problem_s3", "word_problem_s3_long", "lm_embedded", "lm_characters", "lm_bpe")
 CONFIGS += ("lm_books", "lm_fineweb", "digits_mlp")

@@ -16,7 +16,8 @@ from scanax.train.checkpoint import CheckpointError, Checkpoints
 from scanax.train.checksum import tree_checksums
 from scanax.train.config import ConfigError, from_dict, replaced
 from scanax.train.data.pipeline import DataError
-from scanax.train.tasks import rectified_flow
+from scanax.train.tasks.flow import flow_of
+from scanax.train.tasks.flow_loss import make_loss
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,7 +106,7 @@ def test_loss_is_that_of_the_velocity_on_the_path():
     """With times pinned to one value all that is random is the pair, and that is given."""
     config = toy(**{"objective.times": "fixed:0.25", "objective.eps": 1e-6})
     loss, params, batch, _, _ = first_loss(config)
-    flow = rectified_flow.flow_of(from_dict(config.to_dict()))
+    flow = flow_of(from_dict(config.to_dict()))
     t = jnp.full(16, 0.25 * (1 - 1e-6) + 1e-6)
     v = flow.velocity(params)(0.25 * batch["x1"] + 0.75 * batch["x0"], t)
     expected = jnp.mean(jnp.square(v - (batch["x1"] - batch["x0"])))
@@ -154,7 +155,7 @@ def test_online_reflow_goes_where_the_teacher_goes(teacher):
     )
     loss, params, batch, _, _ = first_loss(config)
     run = run_lib.load(teacher)
-    flow = rectified_flow.flow_of(run.config)
+    flow = flow_of(run.config)
     end = flow.solve(run.params, batch["x0"], batch["labels"], "rf_euler:3").x
     t = jnp.full(16, 1e-3)
     v = flow.velocity(params)(path.interpolate(batch["x0"], end, t), t)
@@ -193,7 +194,7 @@ def test_annealing_counts_updates():
 def test_pairs_are_mirrored_as_one():
     """The loss of a velocity that commutes with mirroring is that of the pairs as they are."""
     config = digits(**{"objective.flip": "example", "objective.times": "t0"})
-    flow = rectified_flow.flow_of(from_dict(config.to_dict()))
+    flow = flow_of(from_dict(config.to_dict()))
     plain = dataclasses.replace(flow, objective=dataclasses.replace(flow.objective, flip="none"))
     rng = np.random.default_rng(0)
     batch = {n: jnp.asarray(rng.normal(size=(8, 8, 8, 1)), jnp.float32) for n in ("x0", "x1")}
@@ -202,7 +203,7 @@ def test_pairs_are_mirrored_as_one():
     def total(f, velocity):
         object.__setattr__(f, "velocity", lambda *_: velocity)
         keys = jax.random.split(jax.random.key(0), 8)
-        return float(rectified_flow.make_loss(f, None)({}, {}, batch, keys)[0])
+        return float(make_loss(f, None)({}, {}, batch, keys)[0])
 
     mean = lambda x, t: jnp.broadcast_to(jnp.mean(x, axis=2, keepdims=True), x.shape)
     np.testing.assert_allclose(total(flow, mean), total(plain, mean), rtol=1e-5)
@@ -252,7 +253,7 @@ def test_toy_can_be_evaluated_sampled_and_analysed(teacher):
     assert "within_3_sigma_5" in text and (folder / "trajectories.png").is_file()
     run.task.analyses["geometry"](run.params, run.extra, folder, 300, 5)
     found = json.loads((folder / "geometry.json").read_text())
-    flow = rectified_flow.flow_of(run.config)
+    flow = flow_of(run.config)
     x0, labels, _ = flow.starts(np.arange(300), jax.random.key(17))
     x1 = flow.data.ends(np.arange(300), training=False)[0]
     np.testing.assert_allclose(
@@ -294,7 +295,7 @@ def test_images_are_evaluated_drawn_and_edited(images):
 
 def test_what_is_no_image_or_class_is_refused(images):
     _, run = images
-    flow = rectified_flow.flow_of(run.config)
+    flow = flow_of(run.config)
     x, label = jnp.full((2, 8, 8, 1), 127.0), jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match=r"must be in \[-1, 1\]; the largest .* 127"):
         flow.solve(run.params, x, label, "rf_invert_euler:2")

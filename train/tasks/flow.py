@@ -1,0 +1,140 @@
+"""A velocity with its data: what tasks, analyses and the pairs' generator work on.
+
+Dimensions: B examples; an example's own axes are of any number.
+
+t = 0 is noise or where the flow starts, t = 1 is data.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...models.rectified_flow import recipe, solvers
+from ..config import Config, ConfigError, build as build_part
+from ..data.flow import FlowImageConfig, FlowImages
+from ..data.mixtures import MixtureConfig, MixtureData
+from .flow_config import ObjectiveConfig, SamplerConfig
+from .flow_models import FlowModel, flow_model
+
+FlowData = FlowImages | MixtureData  # they have the same methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """A velocity with its data.
+
+    Attributes:
+      config: of the run.
+      objective, sampler: its parts.
+      data: where it begins and ends.
+      model: the velocity.
+    """
+
+    config: Config
+    objective: ObjectiveConfig
+    sampler: SamplerConfig
+    data: FlowData
+    model: FlowModel
+
+    def velocity(self, params, labels_B=None, keys_B=None) -> solvers.Velocity:
+        """(x, t) -> v, with these labels, and the noise of training if there are keys."""
+        labels_B = labels_B if self.model.num_classes else None
+        apply: Any = self.model.module.apply
+        return lambda x, t_B: apply({"params": params}, x, t_B, labels_B, keys=keys_B)
+
+    def solve(
+        self, params, x: jax.Array, labels_B: jax.Array, text: str, keys_B=None, trajectory=False
+    ) -> solvers.Solution:
+        """From x, [B, ...], by the recipe ``text``; compiled once per recipe and shape.
+
+        Raises:
+          ValueError: if images that are to become noise are not in [-1, 1], or for a label that
+            there is not.
+        """
+        if len(self.data.shape) == 3 and not recipe(text).to_data:
+            largest = float(jnp.max(jnp.abs(x)))
+            if not largest <= 1.001:
+                raise ValueError(
+                    f"images must be in [-1, 1]; the largest number of these is {largest:.4g}:"
+                    " divide grey levels by 127.5 and subtract 1"
+                )
+        if self.model.num_classes and not bool(
+            jnp.all((labels_B >= 0) & (labels_B <= self.model.num_classes))
+        ):
+            raise ValueError(
+                f"labels must be 0 to {self.model.num_classes - 1}, or {self.model.num_classes}"
+                f" for no class; got {np.unique(np.asarray(labels_B))}"
+            )
+        return self._solve(params, x, labels_B, keys_B, recipe(text), trajectory)
+
+    @functools.cached_property
+    def _solve(self):
+        def solve(params, x, labels_B, keys_B, solver, trajectory):
+            v = self.velocity(params, labels_B)
+            return solvers.solve(v, x, solver, key=keys_B, trajectory=trajectory)
+
+        return jax.jit(solve, static_argnums=(4, 5))
+
+    def starts(self, numbers: np.ndarray, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """X_0 [B, ...] and labels [B] of these numbers, and their keys [B] for other noise.
+
+        Noise is a function of the key and the number alone; labels take turns, or are the
+        sampler's.
+        """
+        keys_B2 = split_keys(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers)), 2)
+        given = self.data.start(numbers, training=False)
+        x = normal(keys_B2[0], self.data.shape) if given is None else jnp.asarray(given)
+        labels = numbers % max(self.model.num_classes, 1)
+        if self.sampler.label >= 0:
+            labels = np.full_like(numbers, self.sampler.label)
+        return x, jnp.asarray(labels, jnp.int32), keys_B2[1]
+
+
+def flow_of(config: Config) -> Flow:
+    """The flow of a config.
+
+    Raises:
+      ConfigError, ValueError: if its parts do not fit together.
+    """
+    if config.task == "rectified_flow":
+        data = FlowImages(build_part(FlowImageConfig, config.data, "data"))
+    elif config.task == "rectified_flow_2d":
+        data = MixtureData(build_part(MixtureConfig, config.data, "data"))
+    else:
+        raise ConfigError(f"task {config.task} is no rectified flow")
+    objective: ObjectiveConfig = build_part(ObjectiveConfig, config.objective, "objective")
+    sampler: SamplerConfig = build_part(SamplerConfig, config.sampler, "sampler")
+    model = flow_model(config, data.shape)
+    if model.num_classes and model.num_classes < data.num_classes:
+        raise ValueError(
+            f"model.num_classes ({model.num_classes}) is smaller than the {data.num_classes}"
+            " classes of the data"
+        )
+    if not -1 <= sampler.label < max(model.num_classes, 0):
+        raise ValueError(
+            f"sampler.label must be -1 or one of the {model.num_classes} classes, got"
+            f" {sampler.label}"
+        )
+    if objective.flip != "none" and len(data.shape) != 3:
+        raise ValueError("objective.flip mirrors images, and these are none")
+    return Flow(config, objective, sampler, data, model)
+
+
+def example_inputs(flow: Flow) -> tuple[Any, ...]:
+    """Inputs of the module."""
+    x, t_B = jnp.zeros((1, *flow.data.shape)), jnp.zeros(1)
+    return (x, t_B, jnp.zeros(1, jnp.int32)) if flow.model.num_classes else (x, t_B)
+
+
+def split_keys(keys_B: jax.Array, number: int) -> list[jax.Array]:
+    """[B] keys -> ``number`` times [B] keys."""
+    split = jax.vmap(lambda key: jax.random.split(key, number))(keys_B)
+    return [split[:, i] for i in range(number)]
+
+
+def normal(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_B)
