@@ -34,14 +34,6 @@ from . import Experts, additive_scan, delta_product, expert_mlp, peers
 from .additive_scan import api as additive_api
 from .delta_product import api as delta_api
 
-OPERATION = flags.DEFINE_enum(
-    "operation", "delta_product", ["delta_product", "additive_scan", "expert_mlp"], "What is timed."
-)
-SHAPES = flags.DEFINE_string("shapes", "", "Of the operation; several separated by ';'.")
-GATED = flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
-REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
-PEERS = flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
-OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 GEMM_SIZE = 2048
 
 Shape = tuple[int, ...]
@@ -71,23 +63,39 @@ class Operation(NamedTuple):
     counted: bool = False
 
 
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags.DEFINE_enum(
+        "operation",
+        "delta_product",
+        ["delta_product", "additive_scan", "expert_mlp"],
+        "What is timed.",
+    )
+    flags.DEFINE_string("shapes", "", "Of the operation; several separated by ';'.")
+    flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
+    flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
+    flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
+    flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
+
+
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        operation = OPERATIONS[OPERATION.value]
-        given = SHAPES.value or operation.shapes
-        shapes = [parse_shape(operation, text) for text in given.split(";")]
+        operation = OPERATIONS[given.operation]
+        texts = (given.shapes or operation.shapes).split(";")
+        shapes = [parse_shape(operation, text) for text in texts]
     except ValueError as error:
         print(f"error: --shapes: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
-    known = peers.installed() if PEERS.value and OPERATION.value == "delta_product" else {}
-    options = (GATED.value, REPETITIONS.value, known)
+    known = peers.installed() if given.peers and given.operation == "delta_product" else {}
+    options = (given.gated, given.repetitions, known)
     rows = [row for shape in shapes for row in benchmark(operation, shape, *options)]
     print(table(operation, rows))
-    if OUT.value:
-        with open(OUT.value, "w") as file:
+    if given.out:
+        with open(given.out, "w") as file:
             device = jax.devices()[0].device_kind
             json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
 
@@ -331,4 +339,5 @@ def table(operation: Operation, rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -31,42 +31,46 @@ from .tasks.flow import Flow, flow_of
 
 logger = logging.getLogger("scanax")
 
-flags_lib.define_workdir()
-STEP = flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
-OUT = flags.DEFINE_string("out", None, "The folder that gets the pairs.")
-NUM = flags.DEFINE_integer("num", 50_000, "Pairs.", lower_bound=1)
-RECIPE = flags.DEFINE_string("recipe", "", "The solver; rf_rk45, or its way back, by default.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
-BATCH = flags.DEFINE_integer("batch_size", 256, "Pairs solved at once.", lower_bound=1)
-PER_SHARD = flags.DEFINE_integer("per_shard", 1024, "Pairs in a file.", lower_bound=1)
-FROM_DATA = flags.DEFINE_bool("from_data", False, "Begin at the training images, backwards.")
+
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags_lib.define_workdir()
+    flags.DEFINE_integer("step", None, "A saved step; the newest by default.")
+    flags.DEFINE_string("out", None, "The folder that gets the pairs.")
+    flags.DEFINE_integer("num", 50_000, "Pairs.", lower_bound=1)
+    flags.DEFINE_string("recipe", "", "The solver; rf_rk45, or its way back, by default.")
+    flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 256, "Pairs solved at once.", lower_bound=1)
+    flags.DEFINE_integer("per_shard", 1024, "Pairs in a file.", lower_bound=1)
+    flags.DEFINE_bool("from_data", False, "Begin at the training images, backwards.")
 
 
 def main() -> None:
+    given = flags.FLAGS
     workdir = flags_lib.workdir()
-    if not OUT.value:
+    if not given.out:
         raise ConfigError("--out is required")
-    text = RECIPE.value or ("rf_invert_rk45" if FROM_DATA.value else "rf_rk45")
+    text = given.recipe or ("rf_invert_rk45" if given.from_data else "rf_rk45")
     try:
-        if recipe(text).to_data == FROM_DATA.value:
+        if recipe(text).to_data == given.from_data:
             raise ValueError(f"{text} goes the wrong way: see --from_data")
     except ValueError as error:
         raise ConfigError(f"--recipe: {error}") from error
-    run = run_lib.load(workdir, STEP.value)
+    run = run_lib.load(workdir, given.step)
     flow = flow_of(run.config)
     plan = PairsPlan(
         teacher=fingerprint(tree_checksums(run.params)),
         run=f"{workdir}, step {run.step}",
         solver=text,
-        seed=SEED.value,
-        batch_size=BATCH.value,
+        seed=given.seed,
+        batch_size=given.batch_size,
         shape=flow.data.shape,
-        number=NUM.value,
-        per_shard=PER_SHARD.value,
-        from_data=FROM_DATA.value,
+        number=given.num,
+        per_shard=given.per_shard,
+        from_data=given.from_data,
     )
-    made = write(plan, pathlib.Path(OUT.value), maker(flow, run.params, plan))
-    logger.info("%s of %s pairs made now, in %s", f"{made:,}", f"{NUM.value:,}", OUT.value)
+    made = write(plan, pathlib.Path(given.out), maker(flow, run.params, plan))
+    logger.info("%s of %s pairs made now, in %s", f"{made:,}", f"{given.num:,}", given.out)
 
 
 def maker(flow: Flow, params: Any, plan: PairsPlan) -> Callable[[np.ndarray], Iterator[Pair]]:
@@ -103,4 +107,5 @@ def maker(flow: Flow, params: Any, plan: PairsPlan) -> Callable[[np.ndarray], It
 
 
 if __name__ == "__main__":
+    define_flags()
     flags_lib.launch(main)

@@ -34,14 +34,7 @@ from .config import Config, ConfigError, flatten, from_dict, unknown_key
 from .evaluation import Condition
 from .preemption import Preemption
 
-flags_lib.define_config()
-flags_lib.define_workdir()
-GRID = flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,... or KEY:KEY=A:B,...; repeat it.")
-SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... per cell.", lower_bound=1)
-JOBS = flags.DEFINE_integer("jobs", 1, "Runs at the same time.", lower_bound=1)
-SOLVED = flags.DEFINE_string("solved", "", "METRIC>=NUMBER or METRIC<=NUMBER: when a run counts.")
 MAIN = (sys.executable, "-m", "scanax.train.main")
-METRICS = flags.DEFINE_list("metrics", [], "Columns of the table; all scalar metrics by default.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +77,27 @@ class Run:
         return {**means, "step": int(found[-1].parent.name)}
 
 
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags_lib.define_config()
+    flags_lib.define_workdir()
+    flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,... or KEY:KEY=A:B,...; repeat it.")
+    flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... per cell.", lower_bound=1)
+    flags.DEFINE_integer("jobs", 1, "Runs at the same time.", lower_bound=1)
+    flags.DEFINE_string("solved", "", "METRIC>=NUMBER or METRIC<=NUMBER: when a run counts.")
+    flags.DEFINE_list("metrics", [], "Columns of the table; all scalar metrics by default.")
+
+
 def main() -> None:
+    given = flags.FLAGS
     file, base = flags_lib.config_file()
     workdir = flags_lib.workdir()
-    solved = Condition.parse(SOLVED.value) if SOLVED.value else None
-    axes = [parse_axis(text) for text in GRID.value]
-    runs = expand(file, base, axes, SEEDS.value, workdir)
+    solved = Condition.parse(given.solved) if given.solved else None
+    axes = [parse_axis(text) for text in given.grid]
+    runs = expand(file, base, axes, given.seeds, workdir)
     for run in runs:
         loop.check_workdir(run.folder, run.config, allow_change=False)
-    wanted = [*METRICS.value, *([solved.metric] if solved else [])]
+    wanted = [*given.metrics, *([solved.metric] if solved else [])]
     first = runs[0].config
     evaluation.check_metrics("--metrics and --solved", wanted, tasks.build(first), first)
     left = [run for run in runs if not run.done()]
@@ -100,7 +105,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with Preemption() as preemption:
         after = lambda failed: report(workdir, runs, failed, solved)
-        failed = execute(left, JOBS.value, preemption, after)
+        failed = execute(left, given.jobs, preemption, after)
         if preemption.received is not None:
             preemption.leave("interrupted; the same command continues")
     print(report(workdir, runs, failed, solved))
@@ -280,7 +285,7 @@ def report(
             curve = plots.read_curve(run.folder)
             if curve is not None:
                 curves.setdefault(run.label, []).append(curve)
-    text = table(results, METRICS.value, solved)
+    text = table(results, flags.FLAGS.metrics, solved)
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (workdir / "table.md").write_text(text + "\n")
     if curves:
@@ -324,4 +329,5 @@ def _spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     flags_lib.launch(main)

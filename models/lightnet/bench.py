@@ -25,35 +25,38 @@ from . import lrpe
 from .config import LightNetConfig
 from .layer import Mixer
 
-TOKENS = flags.DEFINE_list(
-    "tokens", ["256", "1024", "4096", "16384", "65536"], "N, square numbers."
-)
-WIDTH = flags.DEFINE_integer("width", 128, "Channels.", lower_bound=1)
-HEADS = flags.DEFINE_integer("heads", 2, "They divide the width.", lower_bound=1)
-REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
-MEMORY_GB = flags.DEFINE_float("memory_gb", 4.0, "Of temporary buffers, at most.")
-OUT = flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 MIXERS = ("lightnet", "gla_two_scans", "softmax")
 
 
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags.DEFINE_list("tokens", ["256", "1024", "4096", "16384", "65536"], "N, square numbers.")
+    flags.DEFINE_integer("width", 128, "Channels.", lower_bound=1)
+    flags.DEFINE_integer("heads", 2, "They divide the width.", lower_bound=1)
+    flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
+    flags.DEFINE_float("memory_gb", 4.0, "Of temporary buffers, at most.")
+    flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
+
+
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        sizes = [_square(text) for text in TOKENS.value]
-        configs = [layer_config(mixer, WIDTH.value, HEADS.value) for mixer in MIXERS]
+        sizes = [_square(text) for text in given.tokens]
+        configs = [layer_config(mixer, given.width, given.heads) for mixer in MIXERS]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32", end="")
-    print(f", one row, {WIDTH.value} channels, {HEADS.value} heads\n")
+    print(f", one row, {given.width} channels, {given.heads} heads\n")
     rows = []
     for tokens in sizes:
         for grid in ((tokens,), (math.isqrt(tokens),) * 2):
-            rows += benchmark(configs, grid, REPETITIONS.value, MEMORY_GB.value)
+            rows += benchmark(configs, grid, given.repetitions, given.memory_gb)
     print(table(rows))
-    if OUT.value:
-        with open(OUT.value, "w") as file:
+    if given.out:
+        with open(given.out, "w") as file:
             device = jax.devices()[0].device_kind
             json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
 
@@ -164,4 +167,5 @@ def _square(text: str) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
