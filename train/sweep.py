@@ -104,11 +104,11 @@ def main() -> None:
     print(f"{len(runs)} runs in {workdir}, {len(runs) - len(left)} of them done", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     with Preemption() as preemption:
-        after = lambda failed: report(workdir, runs, failed, solved)
+        after = lambda failed: report(workdir, runs, failed, solved, given.metrics)
         failed = execute(left, given.jobs, preemption, after)
         if preemption.received is not None:
             preemption.leave("interrupted; the same command continues")
-    print(report(workdir, runs, failed, solved))
+    print(report(workdir, runs, failed, solved, given.metrics))
     if failed:
         logs = ", ".join(f"{run.folder}.log" for run in failed)
         raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed; see {logs}")
@@ -273,7 +273,11 @@ def share(items: Sequence[Any], slot: int, jobs: int) -> Sequence[Any]:
 
 
 def report(
-    workdir: pathlib.Path, runs: Sequence[Run], failed: Sequence[Run], solved: Condition | None
+    workdir: pathlib.Path,
+    runs: Sequence[Run],
+    failed: Sequence[Run],
+    solved: Condition | None,
+    metrics: Sequence[str],
 ) -> str:
     """Writes results.json, table.md and curves.png of the runs that ended; returns the table."""
     results, curves = [], {}
@@ -285,7 +289,7 @@ def report(
             curve = plots.read_curve(run.folder)
             if curve is not None:
                 curves.setdefault(run.label, []).append(curve)
-    text = table(results, flags.FLAGS.metrics, solved)
+    text = table(results, metrics, solved)
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (workdir / "table.md").write_text(text + "\n")
     if curves:
