@@ -1,4 +1,5 @@
-"""Layers that several families share: projections, norms, SwiGLU, short convolution, attention.
+"""Layers that several families share: projections, norms, SwiGLU, short convolution, attention,
+rotary positions, dropout.
 
 Dimensions: B batch, T tokens, H heads, K key, V value, D hidden, F feed-forward, W convolution
 width.
@@ -33,6 +34,12 @@ def parameter(
     return value
 
 
+def uniform(inputs: int):
+    """An initializer: uniform within 1 / sqrt(inputs)."""
+    bound = inputs**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Dense(nn.Module):
     """x @ kernel (+ bias); kernel [in, features] with two logical axis names.
 
@@ -46,6 +53,7 @@ class Dense(nn.Module):
     param_dtype: DType
     out_dtype: DType | None = None
     bias: bool = False
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,8 +64,8 @@ class Dense(nn.Module):
         y = jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
         if not self.bias:
             return y
-        axes, shape, zeros = self.axes[1:], (self.features,), nn.initializers.zeros
-        bias_F = parameter(self, "bias", zeros, axes, shape, self.param_dtype)
+        axes, shape = self.axes[1:], (self.features,)
+        bias_F = parameter(self, "bias", self.bias_init, axes, shape, self.param_dtype)
         return y + jnp.expand_dims(bias_F.astype(y.dtype), range(y.ndim - 1))
 
 
@@ -90,6 +98,7 @@ class LayerNorm(nn.Module):
     axis_name: str
     dtype: DType
     param_dtype: DType
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +108,7 @@ class LayerNorm(nn.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         axes, shape, init = (self.axis_name,), (x.shape[-1],), nn.initializers
         scale_D = parameter(self, "scale", init.ones, axes, shape, self.param_dtype)
-        bias_D = parameter(self, "bias", init.zeros, axes, shape, self.param_dtype)
+        bias_D = parameter(self, "bias", self.bias_init, axes, shape, self.param_dtype)
         wide = lambda y: jnp.expand_dims(y.astype(x.dtype), range(x.ndim - 1))
         return (x * wide(scale_D) + wide(bias_D)).astype(self.dtype)
 
@@ -185,6 +194,34 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
     logits_BHTT = jnp.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK, preferred_element_type=wide)
     weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(v_BTHV.dtype)
     return jnp.einsum("bhij,bjhv->bihv", weights_BHTT, v_BTHV)
+
+
+def rotate(x_BTHK: jax.Array, place_T: jax.Array, theta: float) -> jax.Array:
+    """Turns the pairs (i, i + K / 2) of channels by place * theta^(-2 i / K)."""
+    wide, half = accumulation_dtype(x_BTHK.dtype), x_BTHK.shape[-1] // 2
+    rate_K = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angle = (place_T.astype(wide)[:, None] * rate_K[None])[None, :, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = x_BTHK[..., :half].astype(wide), x_BTHK[..., half:].astype(wide)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Zeros with probability ``rate``, to 1 / 65536, and what is left divided by 1 - rate.
+
+    Args:
+      x: [B, ...].
+      rate: in [0, 1).
+      keys_B: [B] PRNG keys, one per row: the noise of a row is its own. None leaves x as it is.
+    """
+    kept = round((1 - rate) * 2**16)
+    if keys_B is None or kept == 2**16:
+        return x
+    size = x[0].size
+    words = jax.vmap(lambda key: jax.random.bits(key, (-(-size // 2),)))(keys_B)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape[0], -1)
+    keep = (halves[:, :size] < jnp.uint16(kept)).reshape(x.shape)
+    return jnp.where(keep, x * (2**16 / kept), 0)
 
 
 def next_token_logits(x_BTD: jax.Array, embedding_SD: jax.Array, config: Any) -> jax.Array:

@@ -18,6 +18,7 @@ import numpy as np
 from .. import layout
 from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
 from ..lightnet import LightNetLM, LightNetLMConfig, interop as lightnet
+from ..radd import RADD, RADDConfig, interop as radd
 from ..rmoe import RMoEConfig, RMoELM, RMoESeqConfig, RMoESeqLM, interop as rmoe
 from ..unet import (
     DhariwalUNetConfig,
@@ -82,6 +83,16 @@ FAMILIES = {
     ),
     "rmoe_seq": Family(
         rmoe.seq_config, RMoESeqConfig, rmoe.seq_table, RMoESeqLM, rmoe.seq_public, "rmoe_seq"
+    ),
+    "radd": Family(
+        radd.config_from_radd,
+        RADDConfig,
+        radd.model_table,
+        RADD,
+        radd.config_to_radd,
+        "radd",
+        radd.read,
+        radd.write,
     ),
     "ncsnpp": Family(
         unet.ncsnpp_config,

@@ -1,7 +1,7 @@
 """Converts checkpoints: published to a run of ours, a run to published, one naming to another.
 
   python -m scanax.models.interop --from DOWNLOAD --to runs/new --config configs/lm_fineweb.py
-  python -m scanax.models.interop --from UNET --to runs/edm --config configs/flow_edm.py
+  python -m scanax.models.interop --from UNET --to runs/edm --config configs/flow_rfpp.py:cifar10
   python -m scanax.models.interop --from runs/trained --to EXPORT
   python -m scanax.models.interop --from DOWNLOAD --to EXPORT [--to_family official_delta_product]
 
@@ -180,6 +180,7 @@ def guess(tensors: Mapping[str, Any]) -> str:
         (".g_proj.0.", "fla_lightnet"),
         (".block_sparse_moe.", "rmoe_llama"),
         (".smoe.", "rmoe_seq"),
+        ("vocab_embed.", "radd"),
         ("all_modules.", "ncsnpp"),
         ("_aux_norm.", "edm_songunet"),
         ("out_norm.", "edm_dhariwal"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense
+from ..layers import Dense, rotate
 from .config import RMoEConfig
 
 
@@ -103,13 +103,3 @@ def attend(q, k, v, allowed_BTS) -> jax.Array:
     logits = jnp.where(allowed_BTS[:, None, None], logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     return jnp.einsum("bgnts,bsgk->btgnk", weights, v).reshape(batch, tokens, heads, width)
-
-
-def rotate(x_BTHK: jax.Array, place_T: jax.Array, theta: float) -> jax.Array:
-    """Turns the pairs (i, i + K / 2) of channels by place * theta^(-2 i / K)."""
-    wide, half = accumulation_dtype(x_BTHK.dtype), x_BTHK.shape[-1] // 2
-    rate_K = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = (place_T.astype(wide)[:, None] * rate_K[None])[None, :, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x_BTHK[..., :half].astype(wide), x_BTHK[..., half:].astype(wide)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels import Experts, expert_mlp, expert_mlp_sharded
-from ..layers import parameter
+from ..layers import parameter, uniform
 from . import losses, router
 from .config import MoEConfig, RMoEConfig
 
@@ -180,12 +180,6 @@ def scanned(
         length=layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-
-
-def uniform(inputs: int):
-    """An initializer: uniform within 1 / sqrt(inputs)."""
-    bound = inputs**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _parameters(

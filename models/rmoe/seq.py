@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import Dense, LayerNorm, parameter
+from ..layers import Dense, LayerNorm, parameter, uniform
 from . import router
 from .config import RMoESeqConfig
-from .moe import ROUTING, MoE, RouterCell, scanned, uniform
+from .moe import ROUTING, MoE, RouterCell, scanned
 
 
 class SpanAttention(nn.Module):

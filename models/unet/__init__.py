@@ -6,7 +6,7 @@ ncsnpp.py           NCSN++ and DDPM++
 edm.py              SongUNet and ADM as in EDM's code, with what edm_embedding.py tells the blocks
 preconditioning.py  EDM's denoiser as a velocity
 blocks.py           residual block and attention of all of them
-layers.py           convolution, group norm, dropout
+layers.py           convolution, group norm
 embedding.py        features of a noise label
 resample.py         halving and doubling images
 interop.py          published checkpoints

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..layers import DType, attend
-from .layers import Conv, GroupNorm, Init, dropout
+from ..layers import DType, attend, dropout
+from .layers import Conv, GroupNorm, Init
 from .resample import Taps, downsample, upsample
 
 

@@ -99,24 +99,6 @@ class GroupNorm(nn.Module):
         return (x * (factor * wide(scale_C)) + wide(bias_C)).astype(self.dtype)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Zeros with probability ``rate``, to 1 / 65536, and what is left divided by 1 - rate.
-
-    Args:
-      x: [B, ...].
-      rate: in [0, 1).
-      keys_B: [B] PRNG keys, one per row: the noise of a row is its own. None leaves x as it is.
-    """
-    kept = round((1 - rate) * 2**16)
-    if keys_B is None or kept == 2**16:
-        return x
-    size = x[0].size
-    words = jax.vmap(lambda key: jax.random.bits(key, (-(-size // 2),)))(keys_B)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape[0], -1)
-    keep = (halves[:, :size] < jnp.uint16(kept)).reshape(x.shape)
-    return jnp.where(keep, x * (2**16 / kept), 0)
-
-
 def block_keys(keys_B: jax.Array | None) -> Iterator[jax.Array | None]:
     """The rows' keys [B] for one block after the other; Nones for None."""
     for number in itertools.count():

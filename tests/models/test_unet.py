@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from scanax.models import params as params_lib
+from scanax.models.layers import dropout
 from scanax.models.unet import EDMUNet, NCSNpp, NCSNppConfig, preset
 from scanax.models.unet.edm_embedding import ADMEmbedding, SongEmbedding
-from scanax.models.unet.layers import Init, dropout
+from scanax.models.unet.layers import Init
 from scanax.models.unet.preconditioning import noise_label, velocity
 from scanax.train.mesh import MeshConfig, make_mesh, param_shardings
 
