@@ -41,7 +41,6 @@ from . import times
 from .schedule import LogLinear, Schedule
 
 CUT = 1e-3
-TINY = 2.0**-24  # chances and times stay above: 1 / 0 would meet 0 masked tokens
 
 
 class Noise(NamedTuple):
@@ -130,7 +129,7 @@ class Loss:
     def time(self, u_B: jax.Array) -> jax.Array:
         """t of the losses over time."""
         cut = self.cut if self.cut is not None else 0.0 if self.name == "nelbo" else CUT
-        return jnp.maximum(cut + (1 - cut) * u_B, TINY)
+        return _positive(cut + (1 - cut) * u_B)
 
 
 def value(corruption: Corruption, ce_BT: jax.Array) -> jax.Array:
@@ -205,7 +204,7 @@ def ar_nats(
       order: positions, first to last: [T], or [B, T] with one order per example.
       mask_id: what stands for a masked token.
     """
-    order_BT = jnp.broadcast_to(order, x0_BT.shape) if order.ndim == 2 else _tiled(order, x0_BT)
+    order_BT = order if order.ndim == 2 else jnp.tile(order[None], (x0_BT.shape[0], 1))
     if order_BT.shape != x0_BT.shape:
         raise ValueError(f"an order of {order.shape} does not fit ids {x0_BT.shape}")
     rank_BT = jnp.argsort(order_BT, axis=1).astype(jnp.int32)  # when each position is filled
@@ -228,8 +227,9 @@ def _at(values_BTV: jax.Array, x0_BT: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values_BTV, x0_BT[..., None], axis=-1)[..., 0]
 
 
-def _tiled(order_T: jax.Array, x0_BT: jax.Array) -> jax.Array:
-    return jnp.tile(order_T[None], (x0_BT.shape[0], 1))
+def _positive(x_B: jax.Array) -> jax.Array:
+    """At least half a unit in the last place of 1: 1 / 0 would meet no masked tokens."""
+    return jnp.maximum(x_B, float(jnp.finfo(x_B.dtype).epsneg))
 
 
 def _t_dse(loss: Loss, u_B, length) -> Level:
@@ -244,7 +244,7 @@ def _t_dce(loss: Loss, u_B, length) -> Level:
 
 
 def _lambda_dce(loss: Loss, u_B, length) -> Level:
-    chance_B = jnp.maximum(u_B, TINY)
+    chance_B = _positive(u_B)
     return Level(chance_B, 1 / chance_B, jnp.zeros_like(u_B))
 
 
