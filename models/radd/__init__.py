@@ -1,16 +1,8 @@
 """Masked diffusion over tokens without time in the network (RADD; Ou et al. 2025)."""
 
-from . import exact, losses, times
-from .losses import (
-    LOSSES,
-    Corruption,
-    Loss,
-    Noise,
-    ar_nats,
-    cross_entropy,
-    score_entropy,
-    value,
-)
+from . import entropies, exact, losses, times
+from .entropies import ar_nats, cross_entropy, score_entropy
+from .losses import LOSSES, Corruption, Loss, Noise, value
 from .schedule import Schedule, schedule
 
 __all__ = [
@@ -21,6 +13,7 @@ __all__ = [
     "Schedule",
     "ar_nats",
     "cross_entropy",
+    "entropies",
     "exact",
     "losses",
     "schedule",

@@ -75,10 +75,10 @@ def set_nats(conditionals: Callable, x0_BL, mask_id: int, rows: int = ROWS) -> n
     for mask_CL in sets_AL.reshape(-1, at_once, sets_AL.shape[1]):
         mask_CBL = np.broadcast_to(mask_CL[:, None], (at_once, *x0_BL.shape))
         x_CBL = np.where(mask_CBL, np.asarray(mask_id, x0_BL.dtype), x0_BL)
-        log_NLV = np.asarray(conditionals(jnp.asarray(x_CBL.reshape(-1, x0_BL.shape[1]))))
-        log_CBLV = log_NLV.astype(np.float64).reshape(*x_CBL.shape, -1)
-        index_CBL1 = np.broadcast_to(x0_BL, x_CBL.shape)[..., None]
-        log_CBL = np.take_along_axis(log_CBLV, index_CBL1, axis=-1)[..., 0]
+        log_NLV = conditionals(jnp.asarray(x_CBL.reshape(-1, x0_BL.shape[1])))
+        index_NL = jnp.asarray(np.tile(x0_BL, (at_once, 1)))
+        log_NL = jnp.take_along_axis(log_NLV, index_NL[..., None], axis=-1)[..., 0]
+        log_CBL = np.asarray(log_NL).astype(np.float64).reshape(x_CBL.shape)
         parts.append(np.where(mask_CBL, -log_CBL, 0.0))
     return np.concatenate(parts)
 
@@ -109,7 +109,7 @@ def order_nats(nats_ABL: np.ndarray, orders_PL: np.ndarray) -> np.ndarray:
     bit_PL = 2 ** (length - 1 - orders_PL)
     # At step i all of the positions from the i-th on are masked.
     set_PL = np.cumsum(bit_PL[:, ::-1], axis=1)[:, ::-1]
-    return sum((nats_ABL[set_PL[:, i], :, orders_PL[:, i]] for i in range(length)), np.float64(0))
+    return np.sum([nats_ABL[set_PL[:, i], :, orders_PL[:, i]] for i in range(length)], axis=0)
 
 
 def mixture_nats(nats_PB: np.ndarray) -> np.ndarray:

@@ -53,7 +53,9 @@ def test_reference(name, bits, tolerance, jit):
 
         def run(raw_BTS, log_cond_BTS, log_score_BTS, noises):
             ce_BT = cross_entropy(raw_BTS, x0_BT, vocabulary)
-            found = {"again": (ce_BT, cross_entropy(log_cond_BTS, x0_BT, vocabulary))}
+            found: dict[str, tuple[jax.Array, ...]] = {
+                "again": (ce_BT, cross_entropy(log_cond_BTS, x0_BT, vocabulary))
+            }
             for ours, noise in noises.items():
                 corruption = Loss(ours, noise_schedule).corrupt(noise)
                 x_BT = jnp.where(corruption.mask_BT, mask_id, x0_BT)
