@@ -61,9 +61,9 @@ class RADD(nn.Module):
         """[B, T] -> what ``head`` reads, [B, T, D]."""
         c = self.config
         x_BTD = self.embeddings[ids].astype(c.dtype)
+        own = lambda n: None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)
         for i, block in enumerate(self.layers):
-            own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-            x_BTD = block(x_BTD, own)
+            x_BTD = block(x_BTD, own(2 * i), own(2 * i + 1))
         return x_BTD
 
     def head(self, x: jax.Array) -> jax.Array:
@@ -77,16 +77,13 @@ class Block(nn.Module):
     config: RADDConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; ``keys_B``: of the dropout, one per row."""
+    def __call__(self, x_BTD, attn_keys_B: jax.Array | None, mlp_keys_B: jax.Array | None):
+        """[B, T, D] -> [B, T, D]; the keys are those of the branches' dropout, one per row."""
         c = self.config
-        first_B = second_B = None
-        if keys_B is not None and c.dropout:
-            first_B, second_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
         y_BTD = Attention(c, name="attn")(_norm(c, "attn_norm")(x_BTD))
-        x_BTD = x_BTD + dropout(y_BTD, c.dropout, first_B)
+        x_BTD = x_BTD + dropout(y_BTD, c.dropout, attn_keys_B)
         y_BTD = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x_BTD))
-        return x_BTD + dropout(y_BTD, c.dropout, second_B)
+        return x_BTD + dropout(y_BTD, c.dropout, mlp_keys_B)
 
 
 class Attention(nn.Module):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import radd_goldens as goldens
 
 from scanax.models import interop, params as params_lib
 from scanax.models.radd import RADD, SIZES, RADDConfig
@@ -26,16 +27,13 @@ def config(**changes) -> RADDConfig:
 
 @pytest.fixture(scope="module")
 def file():
-    from conftest import GOLDEN
-
-    return dict(np.load(GOLDEN / "radd/radd_tiny.npz"))
+    return goldens.load("radd_tiny")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(file):
     """Tensors and configuration as published, in float32."""
-    names = [name for name in file if name.startswith("param/")]
-    tensors = {name.removeprefix("param/"): file[name] for name in names}
+    tensors = goldens.part(file, "param/")
     model = {"hidden_size": 32, "n_blocks": 2, "n_heads": 4, "dropout": 0.02, "cond_dim": 128}
     return tensors, {"tokens": 12, "model": model}
 
