@@ -1,0 +1,1 @@
+"""Absorbing discrete diffusion with networks that do not see time (RADD, Ou et al. 2025)."""
