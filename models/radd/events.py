@@ -97,7 +97,7 @@ def sample(
     order_RT, first_RE = _by_event(plan)
     # Longest first: short ones fill the gaps at the end. Those without events come last.
     queue_R = jnp.argsort(-plan.events).astype(jnp.int32)
-    queued = jnp.sum((plan.events > 0).astype(jnp.int32))
+    queued = jnp.sum(plan.events > 0, dtype=jnp.int32)
     sizes = _sizes(tokens)
 
     def event(tokens_RT, request_B, event_B, active_B):
@@ -136,7 +136,7 @@ def sample(
 
             return run
 
-        bucket = jnp.sum((most > jnp.asarray(sizes[:-1], jnp.int32)).astype(jnp.int32))
+        bucket = jnp.sum(most > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
         return jax.lax.switch(bucket, [pieces(size) for size in sizes], tokens_RT)
 
     def turn(carry):
@@ -146,7 +146,7 @@ def sample(
         tokens_RT = event(tokens_RT, request_B, jnp.where(active_B, event_B, 0), active_B)
         event_B = event_B + 1
         done_B = active_B & (event_B >= plan.events[request_B])
-        taken_B = jnp.cumsum(done_B.astype(jnp.int32))
+        taken_B = jnp.cumsum(done_B, dtype=jnp.int32)
         place_B = jnp.where(done_B, waiting + taken_B - 1, place_B)
         event_B = jnp.where(done_B, 0, event_B)
         return tokens_RT, place_B, event_B, waiting + taken_B[-1], turns + 1

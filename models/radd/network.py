@@ -35,8 +35,8 @@ def real_logits(network: Network, hidden: jax.Array) -> jax.Array:
     logits = network.head(hidden)
     if logits.shape[-1] < network.vocab_size:
         raise ValueError(f"the head has {logits.shape[-1]} columns, needs {network.vocab_size}")
-    logits = logits[..., : network.vocab_size]
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.dtype if jnp.finfo(logits.dtype).bits >= 32 else jnp.float32
+    return logits[..., : network.vocab_size].astype(wide)
 
 
 def check_ids(network: Network, ids: jax.Array) -> None:

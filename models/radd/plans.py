@@ -58,7 +58,7 @@ def plan_of_steps(step_RT: jax.Array, free_RT: jax.Array) -> Plan:
     order_RT = jnp.argsort(step_RT, axis=1)
     sorted_RT = jnp.take_along_axis(step_RT, order_RT, axis=1)
     new_RT = jnp.diff(sorted_RT, axis=1) != 0
-    later_RT = jnp.cumsum(new_RT.astype(jnp.int32), axis=1)
+    later_RT = jnp.cumsum(new_RT, axis=1, dtype=jnp.int32)
     rank_RT = jnp.concatenate([jnp.zeros_like(later_RT, shape=(len(later_RT), 1)), later_RT], axis=1)
     return _plan(_scatter(order_RT, rank_RT), free_RT)
 
@@ -92,7 +92,7 @@ def order_plan(order, free_RT: jax.Array, key: jax.Array | None = None) -> Plan:
             raise ValueError("an order must visit each position once")
     order_RT = jnp.broadcast_to(jnp.asarray(order).astype(jnp.int32), (rows, tokens))
     visited_RT = jnp.take_along_axis(jnp.asarray(free_RT), order_RT, axis=1)
-    rank_RT = jnp.cumsum(visited_RT.astype(jnp.int32), axis=1) - 1
+    rank_RT = jnp.cumsum(visited_RT, axis=1, dtype=jnp.int32) - 1
     return _plan(_scatter(order_RT, rank_RT), free_RT)
 
 
