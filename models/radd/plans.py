@@ -48,7 +48,9 @@ def diffusion_plan(key: jax.Array, free_RT: jax.Array, cdf_N: np.ndarray) -> Pla
     if cdf_N[0] < 0:
         raise ValueError("the cumulative probabilities of steps must not be negative")
     limits = np.minimum(np.floor(cdf_N[:-1] * 2.0**32), 2**32 - 1).astype(np.uint32)
-    return plan_of_steps(jnp.searchsorted(jnp.asarray(limits), _bits(key, free_RT), "right"), free_RT)
+    return plan_of_steps(
+        jnp.searchsorted(jnp.asarray(limits), _bits(key, free_RT), "right"), free_RT
+    )
 
 
 def plan_of_steps(step_RT: jax.Array, free_RT: jax.Array) -> Plan:
@@ -59,7 +61,9 @@ def plan_of_steps(step_RT: jax.Array, free_RT: jax.Array) -> Plan:
     sorted_RT = jnp.take_along_axis(step_RT, order_RT, axis=1)
     new_RT = jnp.diff(sorted_RT, axis=1) != 0
     later_RT = jnp.cumsum(new_RT, axis=1, dtype=jnp.int32)
-    rank_RT = jnp.concatenate([jnp.zeros_like(later_RT, shape=(len(later_RT), 1)), later_RT], axis=1)
+    rank_RT = jnp.concatenate(
+        [jnp.zeros_like(later_RT, shape=(len(later_RT), 1)), later_RT], axis=1
+    )
     return _plan(_scatter(order_RT, rank_RT), free_RT)
 
 

@@ -91,11 +91,9 @@ def sample(
     position_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (rows, tokens))
 
     def step(carry, at):
-        ids_BT, logits_BTV, need_B, counts_B, calls = carry
+        ids_BT, logits_BTV, need_B = carry
         number, psi, uniforms_BTS, unmask_BT = at
         logits_BTV = update(ids_BT, logits_BTV, need_B)
-        counts_B = counts_B + (need_B if caching == "rows" else True)
-        calls = calls + (True if caching == "none" else jnp.any(need_B))
         psi = psi.astype(logits_BTV.dtype)
         if given:
             drawn_BT = _given(logits_BTV, psi, sampling, uniforms_BTS, unmask_BT)
@@ -106,25 +104,19 @@ def sample(
         masked_BT = ids_BT == vocab
         next_BT = jnp.where(masked_BT, drawn_BT, ids_BT)
         changed_B = jnp.any(next_BT != ids_BT, axis=1)
-        carry = next_BT, logits_BTV, changed_B, counts_B, calls
-        return carry, (need_B, next_BT if trajectory else None)
+        return (next_BT, logits_BTV, changed_B), (need_B, next_BT if trajectory else None)
 
     shape = jax.eval_shape(evaluate, jax.ShapeDtypeStruct(start_BT.shape, jnp.int32))
-    carry = (
-        start_BT,
-        jnp.zeros(shape.shape, shape.dtype),
-        jnp.ones(rows, bool),
-        jnp.zeros(rows, jnp.int32),
-        jnp.int32(0),
-    )
+    carry = jnp.asarray(start_BT), jnp.zeros(shape.shape, shape.dtype), jnp.ones(rows, bool)
     psis = jnp.asarray(psi_N, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
     at = (jnp.arange(len(psi_N), dtype=jnp.uint32), psis, uniforms_NBTS, unmask_NBT)
-    (ids_BT, _, _, counts_B, calls), (needs, states) = jax.lax.scan(step, carry, at)
+    (ids_BT, _, _), (needs_NB, states) = jax.lax.scan(step, carry, at)
     if states is not None:
         states = jnp.concatenate([start_BT[None], states])
-    if caching == "batch":
-        counts_B = jnp.full(rows, calls)
-    return Steps(ids_BT, needs, counts_B, calls, states)
+    called_NB = jnp.broadcast_to(jnp.any(needs_NB, axis=1, keepdims=True), needs_NB.shape)
+    called_NB = {"none": jnp.ones_like(needs_NB), "batch": called_NB, "rows": needs_NB}[caching]
+    calls = jnp.sum(jnp.any(called_NB, axis=1), dtype=jnp.int32)
+    return Steps(ids_BT, needs_NB, jnp.sum(called_NB, axis=0, dtype=jnp.int32), calls, states)
 
 
 def _given(logits_BTV, psi, sampling: Sampling | None, uniforms_BTS, unmask_BT) -> jax.Array:

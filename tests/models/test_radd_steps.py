@@ -117,16 +117,14 @@ def test_trajectories(jit, source, name):
             "rows": (needs_NB.sum(axis=0), any_N.sum()),
         }[caching]
         assert np.all(np.asarray(found.evaluations) == rows), caching
-        assert found.batch_evaluations == batch, caching
+        assert int(found.batch_evaluations) == batch, caching
 
 
 def test_single_steps():
     """All transitions, with psi of the middle of a run."""
     file = load("sampler_step")
     vocab = int(file["mask_id"])
-    network = Network(
-        lambda ids_BT: jnp.asarray(file["raw_logits"]), lambda hidden: hidden, vocab
-    )
+    network = Network(lambda ids_BT: jnp.asarray(file["raw_logits"]), lambda hidden: hidden, vocab)
     ids_BT = file["x_t"].astype(np.int32)
     for name, psi in file.items():
         if not name.startswith("rate_"):
