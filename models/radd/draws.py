@@ -3,10 +3,10 @@
 Dimensions: R rows, B slots, C positions of a row, V real tokens; the axes before V are of any
 number.
 
-A token is argmax_v p_v / E_v with exponential E_v. A float32 uniform has steps of 2^-24, so that -log
-of it is never below 6e-8: rare tokens of a large vocabulary are then drawn too seldom, and the more
-so the smaller a factor stands before p. Here E is made of 64 bits, and tokens are drawn without that
-factor wherever a step's unmasking is drawn first.
+A token is argmax_v p_v / E_v with exponential E_v. A float32 uniform has steps of 2^-24, so that
+-log of it is never below 6e-8: rare tokens of a large vocabulary are then drawn too seldom, and the
+more so the smaller a factor stands before p. Here E is made of 64 bits, and tokens are drawn
+without that factor wherever a step's unmasking is drawn first.
 """
 
 import jax

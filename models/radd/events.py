@@ -2,7 +2,7 @@
 
 Dimensions: R requests, B slots, T tokens, C positions of an event, D hidden, V real tokens.
 
-A loop over N steps calls the network although nothing has changed, or keeps its result; for a batch,
+A loop over N steps calls the network although nothing has changed, or keeps its result; in a batch,
 something has nearly always changed. Here a plan (plans.py) says beforehand which positions of a row
 are unmasked together, and each turn of one loop makes the next event of every row in its batch,
 whichever step that is. The law is that of the loop over steps. A row that is done gives its slot to
@@ -10,8 +10,8 @@ the next request. The head, the filters and the noise are computed for the posit
 alone, rounded up to a power of two.
 
 A request's noise is a function of its key, the event and the position: it does not depend on other
-requests, slots, or the rounding. Its tokens do not either, as far as a row's logits do not depend on
-the shape of the batch; in float32 a product's last bit may, which matters in ties alone.
+requests, slots, or the rounding. Its tokens do not either, as far as a row's logits do not depend
+on the shape of the batch; in float32 a product's last bit may, which matters in near ties alone.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ __all__ = [
 
 PIECE = 64  # most positions of a row that the head sees at once
 
-# (hidden [B, T, D], ids [B, T], order [B, T], first [B]) -> order, first: positions of the event are
-# order[first], order[first + 1], ...
+# (hidden [B, T, D], ids [B, T], order [B, T], first [B]) -> order, first: the positions of a row's
+# event are order[first], order[first + 1], ...
 Choice = Callable[..., tuple[jax.Array, jax.Array]]
 
 

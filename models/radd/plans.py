@@ -2,8 +2,8 @@
 
 Dimensions: R requests, T tokens, E events of a row, N steps.
 
-When a position is unmasked does not depend on the network, so it can be drawn first. What is left of
-a sampler's many steps is the events of each row: the steps in which something of it changes.
+When a position is unmasked does not depend on the network, so it can be drawn first. What is left
+of a sampler's many steps is the events of each row: the steps in which something of it changes.
 """
 
 from typing import NamedTuple

@@ -70,8 +70,8 @@ def unmask_rates(
     above = int((psi_N > 1).sum())
     if above:
         logging.getLogger(__name__).warning(
-            "%d of %d steps of %s would unmask with a probability above 1, up to %.3g: clamped to 1;"
-            " take more steps, or tweedie",
+            "%d of %d steps of %s would unmask with a probability above 1, up to %.3g: clamped to"
+            " 1; take more steps, or tweedie",
             *(above, n, method, psi_N.max()),
         )
     return np.clip(psi_N, 0, 1)

@@ -65,7 +65,7 @@ def test_rare_noise():
     high = np.full(2, limit >> 32, np.uint32)
     with jax.enable_x64(True):
         under, over = draws.exponential_of_bits(jnp.asarray(high), jnp.asarray(low), jnp.float64)
-    assert under < 1e-9 < over
+        assert under < 1e-9 < over
 
 
 def test_draws_follow_probabilities(jit):

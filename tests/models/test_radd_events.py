@@ -11,7 +11,7 @@ from radd_samplers import SCHEDULES, load, table
 import scipy.stats
 
 from scanax.models.generation import Sampling
-from scanax.models.radd import events, rates
+from scanax.models.radd import adaptive, blocks, events, rates
 from scanax.models.radd.network import Network
 
 VOCAB, LENGTH, ROWS = 5, 16, 9
@@ -257,6 +257,53 @@ def test_law_of_draws(jit, name, n):
     assert error < 4 * events_R.std() / rows**0.5
 
 
+@pytest.mark.parametrize("order", adaptive.ORDERS)
+def test_surest_first(jit, start_RT, order):
+    """As many positions as the plan has, those of the clearest distributions."""
+    sampling = Sampling(temperature=0.0)
+    free_RT = np.asarray(start_RT) == VOCAB
+    plan = events.diffusion_plan(jax.random.key(4), free_RT, cdf(6))
+    sample = lambda: adaptive.sample(
+        NETWORK, jax.random.key(0), start_RT, plan, sampling, 2, order=order
+    )
+    found = jit(sample)()
+    logits = jit(lambda ids: NETWORK.head(NETWORK.body(ids))[..., :VOCAB])
+    want_RT, rank_RT = np.array(start_RT), np.asarray(plan.rank)
+    for event in range(int(plan.events.max())):
+        probs = np.asarray(jax.nn.softmax(logits(want_RT)), np.float64)
+        doubt = -probs.max(-1) if order == "confidence" else -(probs * np.log(probs)).sum(-1)
+        for row in range(ROWS):
+            masked = np.flatnonzero(want_RT[row] == VOCAB)
+            count = (rank_RT[row] == event).sum()
+            chosen = masked[np.argsort(doubt[row][masked], kind="stable")[:count]]
+            want_RT[row, chosen] = probs[row, chosen].argmax(-1)
+    np.testing.assert_array_equal(found.tokens, want_RT)
+    np.testing.assert_array_equal(found.evaluations, plan.events)
+
+
+def test_beyond_the_context(jit):
+    """Each window samples a block after the last ones that it keeps."""
+    context, block, extra = 8, 3, 4
+    start_RT = jnp.full((5, context), VOCAB, jnp.int32).at[:, :2].set(1)
+    make_plan = lambda keys, free_RT: events.diffusion_plan(keys, free_RT, cdf(24))
+    extend = lambda key, count: blocks.extend(
+        NETWORK, key, start_RT, make_plan, slots=3, block=block, blocks=count
+    )
+    both = jit(lambda key: (extend(key, extra), extend(key, 0)))
+    found, first = both(jax.random.key(0))
+    assert found.tokens.shape == (5, context + extra * block)
+    assert np.all(np.asarray(found.tokens[:, :2]) == 1) and np.asarray(found.tokens).max() < VOCAB
+    np.testing.assert_array_equal(found.tokens[:, :context], first.tokens)
+    assert np.all(found.evaluations - first.evaluations <= extra * block)
+    # A window by hand: the second.
+    keys_R = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(5))
+    keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, 1)
+    window_RT = jnp.pad(first.tokens[:, block:], ((0, 0), (0, block)), constant_values=VOCAB)
+    plan = make_plan(keys_R, window_RT == VOCAB)
+    second = jit(lambda: events.sample(NETWORK, keys_R, window_RT, plan, slots=2))()
+    np.testing.assert_array_equal(found.tokens[:, block : block + context], second.tokens)
+
+
 def test_mistakes():
     start_RT = jnp.full((2, 4), 3, jnp.int32)
     free_RT, net, key = start_RT == 3, table(jnp.float32), jax.random.key(0)
@@ -272,6 +319,9 @@ def test_mistakes():
             lambda: events.sample(net, key, start_RT, plan, Sampling(repetition_penalty=2.0)),
             "repetition_penalty",
         ),
+        (lambda: adaptive.sample(net, key, start_RT, plan, order="luck"), "order must be one of"),
+        (lambda: blocks.extend(net, key, start_RT, None, block=5, blocks=1), r"in \[1, 4\]"),
+        (lambda: blocks.extend(net, key, start_RT, None, block=1, blocks=-1), "negative"),
         (lambda: events.order_plan("sideways", free_RT), "order must be one of"),
         (lambda: events.order_plan("random", free_RT), "needs a key"),
         (lambda: events.order_plan(np.array([0, 1, 1, 2]), free_RT), "each position once"),

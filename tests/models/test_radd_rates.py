@@ -1,4 +1,4 @@
-"""Rates of unmasking, laws of unmask steps, and numbers of evaluations, against reference values."""
+"""Rates of unmasking, laws of unmask steps, numbers of evaluations, against reference values."""
 
 import logging
 
