@@ -172,22 +172,34 @@ def draw(keys_B, logits_BS: jax.Array, seen_BS, sampling: Sampling) -> jax.Array
         logits_BS = jnp.where(seen_BS, scaled_BS, logits_BS)
     if s.temperature == 0:
         return jnp.argmax(logits_BS, axis=-1).astype(jnp.int32)
-    logits_BS = logits_BS / s.temperature
-    lowest = jnp.finfo(logits_BS.dtype).min
-    if 0 < s.top_k < logits_BS.shape[-1]:
-        kth_B1 = jax.lax.top_k(logits_BS, s.top_k)[0][:, -1:]
-        logits_BS = jnp.where(logits_BS < kth_B1, lowest, logits_BS)
-    if s.top_p < 1:
-        sorted_BS = jnp.sort(logits_BS, axis=-1, descending=True)
-        p_BS = jax.nn.softmax(sorted_BS, axis=-1)
-        before_BS = jnp.cumsum(p_BS, axis=-1) - p_BS  # probability of the likelier tokens
-        kept_BS = before_BS < s.top_p
-        least_B1 = jnp.min(jnp.where(kept_BS, sorted_BS, jnp.inf), axis=-1, keepdims=True)
-        logits_BS = jnp.where(logits_BS < least_B1, lowest, logits_BS)
-    if s.min_p > 0:
-        limit_B1 = jnp.max(logits_BS, axis=-1, keepdims=True) + jnp.log(s.min_p)
-        logits_BS = jnp.where(logits_BS < limit_B1, lowest, logits_BS)
+    logits_BS = filter_logits(logits_BS, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BS).astype(jnp.int32)
+
+
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [..., S] divided by the temperature, and the lowest number for tokens left out.
+
+    Args:
+      logits: [..., S].
+      sampling: static; temperature (above 0), top_k, top_p and min_p, in this order.
+    """
+    s = sampling
+    logits = logits / s.temperature
+    lowest = jnp.finfo(logits.dtype).min
+    if 0 < s.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, s.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, lowest, logits)
+    if s.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p  # probability of the likelier tokens
+        kept = before < s.top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, lowest, logits)
+    if s.min_p > 0:
+        limit = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(s.min_p)
+        logits = jnp.where(logits < limit, lowest, logits)
+    return logits
 
 
 def _decode(
