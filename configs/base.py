@@ -8,6 +8,8 @@ code, and which values are valid, stands with the code that reads them:
   MeshConfig        train/mesh.py           TextConfig          train/data/text.py
   MLPConfig         models/mlp.py           FormalLanguageConfig  train/tasks/formal_language.py
   ConvNetConfig     models/convnet.py
+  RADDConfig        models/radd/config.py   MaskedObjectiveConfig, MaskedSamplerConfig
+                                               train/tasks/masked_config.py
   RMoEConfig, RMoESeqConfig
                     models/rmoe/config.py
   LightNetLMConfig, LightNetGridConfig      ImageConfig         train/data/image_sources.py
@@ -230,6 +232,20 @@ def _rmoe_seq() -> dict:
         "router_bias": True,
         "balance_form": "layer_sum",  # pooled, layer_mean or layer_sum
         "norm_eps": 1e-5,
+    }
+
+
+def _radd() -> dict:
+    return {
+        "vocab_size": 0,  # 0 = what the data needs
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "dropout": 0.0,
+        "rope_theta": 1e4,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": False,
     }
 
 
@@ -467,12 +483,39 @@ def _flow_sampler() -> dict:
     }
 
 
+def _masked_objective() -> dict:
+    return {
+        "loss": "lambda_dce",  # t_dse, t_dce, lambda_dce, k_dce, nelbo: models/radd/losses.py
+        "schedule": "log_linear",  # geometric, linear, cosine, ...: models/radd/schedules.py
+        "times": "",  # of a batch: iid, vdm or decoupled; empty = the loss's published way
+        "eval_draws": 16,  # sets of masks per row of an evaluation
+    }
+
+
+def _masked_sampler() -> dict:
+    return {
+        "order": "diffusion",  # forward, backward, random, first_hitting, confidence, entropy
+        "steps": 256,  # of the diffusion
+        "method": "tweedie",  # of its steps: tweedie or euler
+        "grid": "even",  # of its times: even, uniform or cosine
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "slots": 16,  # rows that are computed at once
+        "block": 64,  # new tokens of every window beyond the context
+        "likelihood_draws": 1024,  # of the analysis likelihood, per row
+        "scorer": "",  # a causal language model's run, for the analysis generative_perplexity
+    }
+
+
 _CAUSAL = {"delta_product": _delta_product, "lightnet": lambda: _lightnet_lm(causal=True)}
 _MODEL = {
     "word_problem": _CAUSAL,
     "formal_language": _CAUSAL,
     "language_model": {**_CAUSAL, "rmoe": _rmoe, "rmoe_seq": _rmoe_seq},
     "masked_language_model": {"lightnet": lambda: _lightnet_lm(causal=False)},
+    "masked_diffusion": {"radd": _radd, "lightnet": lambda: _lightnet_lm(causal=False)},
     "image_classification": {"mlp": _mlp, "lightnet": _lightnet_grid, "convnet": _convnet},
     "rectified_flow": {
         "ncsnpp": _ncsnpp,
@@ -488,9 +531,18 @@ _DATA = {
     "formal_language": _formal_language,
     "language_model": _text,
     "masked_language_model": _masked_text,
+    "masked_diffusion": _text,
     "image_classification": _images,
     "rectified_flow": _flow_images,
     "rectified_flow_2d": _mixtures,
 }
-_OBJECTIVE = {"rectified_flow": _flow_objective, "rectified_flow_2d": _flow_objective}
-_SAMPLER = {"rectified_flow": _flow_sampler, "rectified_flow_2d": _flow_sampler}
+_OBJECTIVE = {
+    "masked_diffusion": _masked_objective,
+    "rectified_flow": _flow_objective,
+    "rectified_flow_2d": _flow_objective,
+}
+_SAMPLER = {
+    "masked_diffusion": _masked_sampler,
+    "rectified_flow": _flow_sampler,
+    "rectified_flow_2d": _flow_sampler,
+}

@@ -99,7 +99,8 @@ def make_evaluator(task: Task, config: Config, mesh: Mesh) -> Callable[[Any, Any
             total = values if total is None else jax.tree.map(np.add, total, values)
         assert total is not None  # there is at least one batch
         with np.errstate(invalid="ignore"):  # an entry of a curve without examples is NaN
-            return {name: value / weight for name, (value, weight) in total.items()}
+            means = {name: value / weight for name, (value, weight) in total.items()}
+            return {**means, **task.derive(total, means)}
 
     return evaluate
 

@@ -10,6 +10,10 @@ Language models continue prompts, of any number and any lengths, --num times eac
 
   python -m scanax.train.sample --workdir runs/lm --prompt "It was" --prompt_file letter.txt \\
       --num 2 --max_tokens 200 --temperature 0.8 --top_p 0.95 [--stop "\\n\\n"]
+
+Masked diffusions do so too, and fill gaps, [[N]] for N tokens:
+
+  python -m scanax.train.sample --workdir runs/radd --infill "It was [[40]] and then [[20]]."
 """
 
 import pathlib
@@ -29,6 +33,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "The PNG of samples that are pictures; else in the workdir.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeat it for more.")
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file with a text to continue.")
+INFILL = flags.DEFINE_multi_string("infill", [], "A text with gaps [[N]] to fill; repeat it.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens per sample.", lower_bound=1)
 STOP = flags.DEFINE_multi_string("stop", [], r"A text that ends a sample; \n is a new line.")
 IGNORE_END = flags.DEFINE_bool("ignore_end", False, "Go on after the end of a document.")
@@ -58,6 +63,9 @@ def main() -> None:
     run = run_lib.load(workdir, STEP.value, sampler=flags_lib.sampler())
     if run.task.sample is None:
         raise ConfigError(f"task {run.config.task} has nothing to sample")
+    if INFILL.value:
+        print(infill(run, INFILL.value, NUM.value or 1))
+        return
     if not options:
         drawn = evaluation.draw_samples(
             run.task, run.params, run.extra, SEED.value, NUM.value or 16
@@ -84,6 +92,20 @@ def main() -> None:
     print(render(generated, texts, number, run.task.decode))
 
 
+def infill(run: run_lib.Run, texts: list[str], number: int) -> str:
+    """Texts with their gaps filled, each ``number`` times."""
+    if run.task.infill is None or run.task.decode is None:
+        raise ConfigError(f"task {run.config.task} does not take --infill")
+    every = [text for text in texts for _ in range(number)]
+    key = jax.random.key(SEED.value)
+    tokens, lengths = run.task.infill(run.params, run.extra, key, every)
+    lines = []
+    for i, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+        lines.append(f"--- text {i // number}, sample {i % number} ---")
+        lines.append(run.task.decode(ids[:length]))
+    return "\n".join(lines)
+
+
 def render(generated: Generated, texts: list[str], number: int, decode) -> str:
     """Prompts with their continuations, why they ended, and how fast it went."""
     lines = []
@@ -95,7 +117,9 @@ def render(generated: Generated, texts: list[str], number: int, decode) -> str:
         ("prompts", generated.prompt_tokens, generated.prefill_seconds),
         ("new", generated.new_tokens, generated.decode_seconds),
     ):
-        lines.append(f"{what}: {tokens} tokens in {seconds:.3g} s, {tokens / seconds:.4g} tokens/s")
+        if seconds:
+            rate = f"{tokens / seconds:.4g} tokens/s"
+            lines.append(f"{what}: {tokens} tokens in {seconds:.3g} s, {rate}")
     return "\n".join(lines)
 
 

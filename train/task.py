@@ -68,6 +68,8 @@ class Task:
       settle: (extra) -> extra, once an update, when all its microbatches are through.
       given: () -> arrays that ``loss`` finds under "given" in ``extra`` and that are neither
         changed nor saved: read anew, host side, whenever a run starts or continues.
+      derive: (totals, means) -> further means of an evaluation: totals are the sums and weights
+        of all batches, float64, means their quotients.
       train_data: (process_index, process_count) -> a checkpointable iterator of this
         process's part of each batch, as numpy arrays.
       eval_data: (index of the batch) -> one global evaluation batch, always the same; None
@@ -76,7 +78,9 @@ class Task:
       render: (samples) -> text for people, or a picture, uint8 [H, W] or [H, W, 3].
       complete: (params, extra, key, prompts, *, sampling, max_tokens, stops, stop_at_end) ->
         ``scanax.models.generation.Generated``; None if the family does not continue texts.
-      decode: tokens -> text, for what ``complete`` returns.
+      infill: (params, extra, key, texts) -> (tokens [B, T], how many of each row are the text),
+        the gaps of the texts, written [[N]] for N tokens, filled; None for other families.
+      decode: tokens -> text, for what ``complete`` and ``infill`` return.
       features: (params, extra, images [B, H, W, C] float32 in [-1, 1]) -> (features [B, D], logits
         [B, K]) of a classifier of images; None for other families.
       curve: the evaluation metric that is drawn, or None.
@@ -95,9 +99,11 @@ class Task:
     frozen: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
     given: Callable[[], Any] = dict
+    derive: Callable[..., Mapping[str, np.ndarray]] = lambda totals, means: {}
     sample: Callable[..., Any] | None = None
     render: Callable[[Any], str | np.ndarray] | None = None
     complete: Callable[..., Any] | None = None
+    infill: Callable[..., Any] | None = None
     decode: Callable[[Any], str] | None = None
     features: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     curve: Curve | None = None

@@ -15,7 +15,7 @@ bench.py           what a layer costs beside the baselines
 from .classifier import LightNetClassifier
 from .config import LightNetConfig, LightNetDiTConfig, LightNetGridConfig, LightNetLMConfig
 from .dit import LightNetDiT
-from .language_model import LightNetLM, LMCache, empty_cache, has_cache
+from .language_model import LightNetLM, LMCache, empty_cache, has_cache, head
 from .layer import LayerCache, Mixer
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "Mixer",
     "empty_cache",
     "has_cache",
+    "head",
 ]

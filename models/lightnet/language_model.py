@@ -3,7 +3,7 @@
 Dimensions: B batch, T tokens, D hidden, S vocabulary size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,6 +44,7 @@ class LightNetLM(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: LMCache | None = None,
         last_only: bool = False,
+        hidden_only: bool = False,
     ) -> tuple[jax.Array, LMCache | None]:
         """Logits of the token after every position (causal), or at it.
 
@@ -53,6 +54,7 @@ class LightNetLM(nn.Module):
           segment_ids: [B, T] int; documents packed in one row; causal only.
           cache: as returned by an earlier call, to continue after its tokens; causal only.
           last_only: logits of the last position alone, [B, 1, S]: what generation needs.
+          hidden_only: what ``head`` makes logits of [B, T, D] in their place.
 
         Returns:
           logits [B, T, S] (float32, or float64 if that is ``dtype``), and the cache, or None for
@@ -83,10 +85,24 @@ class LightNetLM(nn.Module):
             x_BTD, layer = block(x_BTD, place_BT[..., None], mask, segment_ids, layer)
             layers.append(layer)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        logits_BTS = next_token_logits(x_BTD, embedding_SD, c)
+        y = x_BTD if hidden_only else next_token_logits(x_BTD, embedding_SD, c)
         if not has_cache(c):
-            return logits_BTS, None
-        return logits_BTS, LMCache(tuple(layers), tpe, offset)
+            return y, None
+        return y, LMCache(tuple(layers), tpe, offset)
+
+
+class _Head(nn.Module):
+    config: LightNetLMConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding_SD: jax.Array) -> jax.Array:
+        return next_token_logits(x, embedding_SD, self.config)
+
+
+def head(c: LightNetLMConfig, params: Any, x: jax.Array) -> jax.Array:
+    """[..., D], the model's output with ``hidden_only``, -> its logits [..., S]."""
+    own = {name: params[name] for name in ("norm", "lm_head") if name in params}
+    return _Head(c).apply({"params": own}, x, params["embeddings"])  # pyright: ignore[reportReturnType]
 
 
 def has_cache(c: LightNetLMConfig) -> bool:

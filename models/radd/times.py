@@ -11,21 +11,25 @@ the last two spread a batch evenly over [0, 1). (Public code of RADD; the second
 antithetic draw, the third MDLM's.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+Array = Any  # of JAX or of NumPy, and then so is what is returned: batches are made on the host
 
-def iid(w_B: jax.Array) -> jax.Array:
+
+def iid(w_B: Array) -> Array:
     """The numbers as they are: [B]."""
     return w_B
 
 
-def vdm(w_B: jax.Array) -> jax.Array:
+def vdm(w_B: Array) -> Array:
     """(w_0 + i / B) mod 1: [B]. Of w, only the first is used."""
-    return _below_one(jnp.mod(w_B[:1] + _index(w_B) / len(w_B), 1))
+    return _below_one((w_B[:1] + _index(w_B) / len(w_B)) % 1)
 
 
-def decoupled(w_B: jax.Array) -> jax.Array:
+def decoupled(w_B: Array) -> Array:
     """(i + w_i) / B: [B]."""
     return _below_one((_index(w_B) + w_B) / len(w_B))
 
@@ -39,7 +43,7 @@ def check(name: str) -> None:
         raise ValueError(f"unknown draw of times {name!r}; choose one of {', '.join(DRAWS)}")
 
 
-def from_uniform(name: str, w_B: jax.Array) -> jax.Array:
+def from_uniform(name: str, w_B: Array) -> Array:
     """The draw ``name`` made of independent uniform numbers: [B], in w's dtype.
 
     Raises:
@@ -84,10 +88,10 @@ def uniform_of(k_B: jax.Array, length: int, dtype=jnp.float32) -> jax.Array:
     return (k_B.astype(dtype) - 0.5) / length
 
 
-def _index(w_B: jax.Array) -> jax.Array:
-    return jnp.arange(len(w_B), dtype=w_B.dtype)
+def _index(w_B: Array) -> Array:
+    return w_B.__array_namespace__().arange(len(w_B), dtype=w_B.dtype)
 
 
-def _below_one(u_B: jax.Array) -> jax.Array:
+def _below_one(u_B: Array) -> Array:
     """Rounding may have made it 1."""
-    return jnp.minimum(u_B, 1 - float(jnp.finfo(u_B.dtype).epsneg))
+    return u_B.__array_namespace__().minimum(u_B, 1 - float(jnp.finfo(u_B.dtype).epsneg))

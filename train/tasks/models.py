@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ...models import delta_product, lightnet, rmoe
+from ...models import delta_product, lightnet, radd, rmoe
 from ..config import Config, ConfigError, build
 
 
@@ -53,6 +53,22 @@ class CausalLM(NamedTuple):
     routing: str = ""
 
 
+class DiffusionLM(NamedTuple):
+    """A model that predicts all masked tokens of a row from the others.
+
+    Attributes:
+      config: of the model; its vocabulary is the tokens and, behind them, the mask.
+      module: what is initialised, with ids [B, T].
+      apply: (params, ids [B, T], keys [B] of the rows' dropout or None) -> logits [B, T, S].
+      network: params -> what samplers ask.
+    """
+
+    config: Any
+    module: nn.Module
+    apply: Callable[..., jax.Array]
+    network: Callable[[Any], radd.Network]
+
+
 def choose(config: Config, families: Mapping[str, Any]) -> Any:
     """The entry of ``config.family``; a ConfigError that lists them if there is none."""
     if config.family not in families:
@@ -90,6 +106,21 @@ def causal_lm(
 def masked_lm(config: Config, vocab_size: int, vocabulary: str) -> tuple[Any, nn.Module]:
     """The config and module of a model that fills in tokens; arguments of :func:`causal_lm`."""
     return choose(config, _MASKED)(config, vocab_size, vocabulary)
+
+
+def diffusion_lm(config: Config, tokens: int, vocabulary: str) -> DiffusionLM:
+    """The model of a config that fills in masks among ``tokens`` tokens.
+
+    Raises:
+      ValueError: if the model is not one for this data.
+    """
+    lm = choose(config, _DIFFUSION)(config, tokens + 1, vocabulary)
+    if lm.config.vocab_size != tokens + 1:
+        raise ValueError(
+            f"model.vocab_size ({lm.config.vocab_size}) must be the {tokens} tokens of {vocabulary}"
+            " and the mask: 0 picks it"
+        )
+    return lm
 
 
 def _delta_product(config: Config, vocab_size: int, vocabulary: str, segments: bool) -> CausalLM:
@@ -201,6 +232,37 @@ def _masked_lightnet(config: Config, vocab_size: int, vocabulary: str) -> tuple[
     return model, lightnet.LightNetLM(model)
 
 
+def _radd(config: Config, vocab_size: int, vocabulary: str) -> DiffusionLM:
+    model = _with_vocabulary(config, radd.RADDConfig, vocab_size, vocabulary)
+    module: Any = radd.RADD(model)
+
+    def apply(params, ids, keys=None, method="__call__"):
+        options = {"keys": keys} if model.dropout and keys is not None else {}
+        return module.apply({"params": params}, ids, method=method, **options)
+
+    def network(params):
+        body, head = (functools.partial(apply, params, method=name) for name in ("body", "head"))
+        return radd.Network(body, head, model.vocab_size - 1)
+
+    return DiffusionLM(model, module, apply, network)
+
+
+def _diffusion_lightnet(config: Config, vocab_size: int, vocabulary: str) -> DiffusionLM:
+    model, lm = _masked_lightnet(config, vocab_size, vocabulary)
+    module: Any = lm
+
+    def apply(params, ids, keys=None):
+        del keys  # there is no dropout
+        return module.apply({"params": params}, ids)[0]
+
+    def network(params):
+        body = lambda ids: module.apply({"params": params}, ids, hidden_only=True)[0]
+        head = functools.partial(lightnet.head, model, params)
+        return radd.Network(body, head, model.vocab_size - 1)
+
+    return DiffusionLM(model, module, apply, network)
+
+
 def _with_vocabulary(config: Config, kind: type, vocab_size: int, vocabulary: str) -> Any:
     size = config.model.get("vocab_size") or vocab_size
     model = build(kind, {**config.model, "vocab_size": size}, "model")
@@ -221,3 +283,4 @@ _CAUSAL = {
     "rmoe_seq": _rmoe_seq,
 }
 _MASKED = {"lightnet": _masked_lightnet}
+_DIFFUSION = {"radd": _radd, "lightnet": _diffusion_lightnet}
