@@ -1,6 +1,7 @@
-"""Masked diffusion on characters, for example of Shakespeare; FILE:MODEL for what stands beside it.
+"""Masked diffusion on characters, for example of Shakespeare; FILE:MODEL for what is beside it.
 
-  SCANAX_DATA=... python -m scanax.train.main --config configs/radd_characters.py --workdir runs/radd
+  SCANAX_DATA=... python -m scanax.train.main --config configs/radd_characters.py \\
+      --workdir runs/radd
 
 MODEL is radd, lightnet (the same diffusion with LightNet in place of attention) or ar (a causal
 model with attention that predicts the next character). All see blocks of 64 characters, the first
@@ -8,7 +9,7 @@ of them without anything before it. The losses, each with three seeds:
 
   SCANAX_DATA=... python -m scanax.train.sweep --config configs/radd_characters.py \\
       --workdir runs/losses --metrics bits_per_byte,standard_error --seeds 3 \\
-      --grid "config.objective.loss=t_dse,t_dce,lambda_dce,k_dce"
+      --grid "objective.loss=t_dse,t_dce,lambda_dce,k_dce"
 
 The README has what came out.
 """

@@ -69,7 +69,10 @@ def check_metrics(what: str, names: Iterable[str], task: Task, config: Config) -
     shapes = state_lib.shapes(task, config)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.evaluation.batch_size))
     sums = jax.eval_shape(task.evaluate, shapes.params, shapes.extra, task.eval_spec, keys)
-    known = [name for name, (value, _) in sums.items() if value.ndim == 0]
+    totals = jax.tree.map(lambda x: np.ones(x.shape), dict(sums))
+    means = {name: value / weight for name, (value, weight) in totals.items()}
+    means |= task.derive(totals, means)
+    known = [name for name, value in means.items() if np.ndim(value) == 0]
     for name in names:
         if name not in known:
             raise ConfigError(f"{what}: there is no metric {name!r}; there are {', '.join(known)}")
