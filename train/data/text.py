@@ -127,6 +127,18 @@ class Corpus:
             )
         return found
 
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens of a user's text; a DataError if the vocabulary has no token for some of it."""
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text)
+        if tokenizer.unknown is not None and tokenizer.unknown in ids:
+            strange = [c for c in sorted(set(text)) if tokenizer.unknown in tokenizer.encode(c)]
+            raise DataError(
+                f"data.tokenizer {self.config.tokenizer} has no token for"
+                f" {', '.join(map(repr, strange)) or 'part of the text'}: write it without"
+            )
+        return ids
+
     def train_source(self, batch_size: int) -> Source:
         """The rows to train on."""
         return self._source(0, batch_size)

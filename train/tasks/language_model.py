@@ -132,24 +132,13 @@ def build(config: Config) -> Task:
             apply,
             variables(params, extra),
             lm.empty_cache,
-            [encode(text) if text else np.asarray([start], np.int32) for text in prompts],
+            [corpus.encode(text) if text else np.asarray([start], np.int32) for text in prompts],
             key,
             vocab_size=tokenizer.vocab_size,
             max_tokens=max_tokens,
             sampling=sampling,
-            stops=[*ends, *(encode(text).tolist() for text in stops)],
+            stops=[*ends, *(corpus.encode(text).tolist() for text in stops)],
         )
-
-    def encode(text: str) -> np.ndarray:
-        """Tokens of a text; a DataError if the vocabulary has no token for some of it."""
-        ids = tokenizer.encode(text)
-        if tokenizer.unknown is not None and tokenizer.unknown in ids:
-            strange = [c for c in sorted(set(text)) if tokenizer.unknown in tokenizer.encode(c)]
-            raise DataError(
-                f"data.tokenizer {data.tokenizer} has no token for"
-                f" {', '.join(map(repr, strange)) or 'part of the text'}: write it without"
-            )
-        return ids
 
     def sample(params, extra, key, n: int) -> np.ndarray:
         """[n, data.length] tokens, each row beginning a document."""

@@ -46,8 +46,8 @@ def build(config: Config) -> Task:
     bytes_S = None
     if tokenizer.byte_lengths is not None:
         bytes_S = np.asarray([*tokenizer.byte_lengths, 0], np.float32)
-    encode = lambda text: np.asarray(tokenizer.encode(text), np.int32)
-    filler = MaskedSampler(sampler, loss_of.schedule, lm.network, data.length, encode, mask)
+    fits = (data.length, corpus.encode, mask)
+    filler = MaskedSampler(sampler, loss_of.schedule, lm.network, *fits)
 
     def init(key: jax.Array):
         return params_lib.initialise(lm.module, key, example), {}
