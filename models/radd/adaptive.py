@@ -2,9 +2,9 @@
 
 Dimensions: R requests, B slots, T tokens, D hidden, V real tokens.
 
-How many positions an event unmasks is the plan's: that of a diffusion sampler, or one. Which ones is
-found from the distributions of all masked positions, so that the head runs everywhere in each event.
-The law is another than that of the diffusion.
+How many positions an event unmasks is the plan's: that of a diffusion sampler, or one. Which ones
+is found from the distributions of all masked positions, so that the head runs everywhere in each
+event. The law is another than that of the diffusion.
 """
 
 import functools
