@@ -94,7 +94,7 @@ def measure(
     key = jax.random.key(0)
     row: dict[str, Any] = {"length": length, "batch": batch, "steps": n}
 
-    def loop(caching: str) -> Callable[[int], tuple[Callable, int]]:
+    def loop(caching: str) -> Callable[[int], Callable]:
         def build(count: int):
             part_N = np.append(psi_N[: count - 1], 1.0)
             run = lambda key: steps.sample(network, key, start_BT, part_N, caching=caching)
@@ -141,11 +141,8 @@ def stand_in(layers: int, width: int, vocab: int, length: int) -> Network:
     heads, keys = width // 32, iter(jax.random.split(jax.random.key(1), 4 * layers + 3))
     normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[0] ** -0.5
     embedding, places = normal(vocab + 1, width), normal(length, width)
-    blocks = [
-        [normal(width, 3 * width), normal(width, width)]
-        + [normal(width, 4 * width), normal(4 * width, width)]
-        for _ in range(layers)
-    ]
+    shapes = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
+    blocks = [[normal(*shape) for shape in shapes] for _ in range(layers)]
     out = normal(width, vocab)
 
     def norm(x):
