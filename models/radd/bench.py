@@ -4,13 +4,14 @@
 
 All sample B rows of L tokens from the log-linear schedule with N steps: the plain loop calls the
 network in each; the cached one when any row has changed; the third for events alone. Calls are of
-the whole batch. What takes longer than --seconds is timed on a part of its steps or events, as long
-as that, and scaled: these figures have a ~, and the cached loop's calls are then their expectation.
-The ratios are of events over the plain loop, so that "time / calls" is what a call of the event
-sampler costs more than a step of the plain loop.
+the whole batch. What takes longer than --seconds / --repetitions is timed on a part of its steps or
+events, and scaled: these figures have a ~, and the cached loop's calls are then their expectation.
+Repetitions are interleaved, and the fastest counts. "time / calls" is what a call of the event
+sampler costs over a step of the plain loop.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import sys
 import time
@@ -46,8 +47,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", 4, "Of the network.", lower_bound=1)
     flags.DEFINE_integer("width", 128, "Of the network; a multiple of 32.", lower_bound=32)
     flags.DEFINE_integer("vocab", 256, "Tokens.", lower_bound=1)
-    flags.DEFINE_float("seconds", 20.0, "Of a measurement, at most, roughly.", lower_bound=0.01)
-    flags.DEFINE_integer("repetitions", 1, "The fastest counts.", lower_bound=1)
+    flags.DEFINE_float("seconds", 20.0, "For a way and size, about.", lower_bound=0.01)
+    flags.DEFINE_integer("repetitions", 3, "Of each; the fastest counts.", lower_bound=1)
     flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 
 
@@ -92,46 +93,46 @@ def measure(
     p_N, cdf_N = rates.step_probabilities(psi_N)
     start_BT = jnp.full((batch, length), network.vocab_size, jnp.int32)
     key = jax.random.key(0)
-    row: dict[str, Any] = {"length": length, "batch": batch, "steps": n}
+    plan = events.diffusion_plan(key, start_BT == network.vocab_size, cdf_N)
+    sample = jax.jit(lambda key, plan: events.sample(network, key, start_BT, plan))
 
-    def loop(caching: str) -> Callable[[int], Callable]:
-        def build(count: int):
-            part_N = np.append(psi_N[: count - 1], 1.0)
-            run = lambda key: steps.sample(network, key, start_BT, part_N, caching=caching)
-            compiled = jax.jit(run).lower(key).compile()
-            return lambda: compiled(key)
+    def loop(caching: str, count: int) -> Callable[[], Any]:
+        """The first steps of a loop."""
+        part_N = np.append(psi_N[: count - 1], 1.0)
+        run = lambda key: steps.sample(network, key, start_BT, part_N, caching=caching)
+        return functools.partial(jax.jit(run).lower(key).compile(), key)
 
-        return build
-
-    for way, caching in (("plain", "none"), ("cached", "batch")):
-        build = loop(caching)
-        each = _timed(build(min(FIRST, n)), 1)[0] / min(FIRST, n)
-        count = int(min(n, max(FIRST, seconds / each)))
-        taken, found = _timed(build(count), repetitions)
-        row[way] = {"seconds": taken * n / count, "calls": int(found.batch_evaluations)}
-        row[way]["part"] = count / n
-        if count < n:
-            expected = rates.expected_batch_evaluations(p_N, length, batch)
-            row[way]["calls"] = n if way == "plain" else round(expected)
-
-    plan = jax.jit(lambda key: events.diffusion_plan(key, start_BT == network.vocab_size, cdf_N))(
-        key
-    )
-    compiled = jax.jit(lambda key, plan: events.sample(network, key, start_BT, plan))
-    compiled = compiled.lower(key, plan).compile()
-    total = int(plan.events.max())
-
-    def first(count: int):
-        """Only so many events of each row."""
+    def some_events(count: int) -> Callable[[], Any]:
+        """The first events of each row."""
         rank_BT = jnp.where(plan.rank < count, plan.rank, -1)
-        part = events.Plan(rank_BT, jnp.minimum(plan.events, count))
-        return lambda: compiled(key, part)
+        return functools.partial(sample, key, events.Plan(rank_BT, jnp.minimum(plan.events, count)))
 
-    each = _timed(first(min(FIRST, total)), 1)[0] / min(FIRST, total)
-    count = int(min(total, max(FIRST, seconds / each)))
-    taken, _ = _timed(first(count), repetitions)
-    row["events"] = {"seconds": taken * total / count, "calls": total, "part": count / total}
-    row["calls_ratio"] = total / row["plain"]["calls"]
+    makers: dict[str, tuple[Callable, int]] = {
+        "plain": (functools.partial(loop, "none"), n),
+        "cached": (functools.partial(loop, "batch"), n),
+        "events": (some_events, int(plan.events.max())),
+    }
+    row: dict[str, Any] = {"length": length, "batch": batch, "steps": n}
+    calls = {}
+    for way, (make, total) in makers.items():
+        few = min(FIRST, total)
+        call = make(few)
+        jax.block_until_ready(call())
+        each = _timed(call)[0] / few
+        count = int(min(total, max(few, seconds / repetitions / each)))
+        calls[way] = make(count)
+        row[way] = {"seconds": float("inf"), "part": count / total, "calls": 0}
+        jax.block_until_ready(calls[way]())
+    for _ in range(repetitions):  # interleaved: a busy machine hurts all alike
+        for way, call in calls.items():
+            taken, found = _timed(call)
+            row[way]["seconds"] = min(row[way]["seconds"], taken / row[way]["part"])
+            row[way]["calls"] = int(found.batch_evaluations)
+    for way, (_, total) in makers.items():
+        if row[way]["part"] < 1:
+            expected = rates.expected_batch_evaluations(p_N, length, batch)
+            row[way]["calls"] = round(expected) if way == "cached" else total
+    row["calls_ratio"] = row["events"]["calls"] / row["plain"]["calls"]
     row["time_ratio"] = row["events"]["seconds"] / row["plain"]["seconds"]
     return row
 
@@ -179,14 +180,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _timed(call: Callable[[], Any], repetitions: int) -> tuple[float, Any]:
-    """Seconds of the fastest, and the result."""
-    best, found = float("inf"), None
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        found = jax.block_until_ready(call())
-        best = min(best, time.perf_counter() - start)
-    return best, found
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
+    start = time.perf_counter()
+    found = jax.block_until_ready(call())
+    return time.perf_counter() - start, found
 
 
 def _positive(name: str, texts: list[str]) -> list[int]:
