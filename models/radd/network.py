@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,7 +44,7 @@ def check_ids(network: Network, ids: jax.Array) -> None:
     """A ValueError unless ids [rows, T] are int32 and, where they are known, in [0, V]."""
     if ids.ndim != 2 or ids.dtype != jnp.int32 or 0 in ids.shape:
         raise ValueError(f"ids must be [rows, T] int32, got {ids.shape} {ids.dtype}")
-    if isinstance(ids, jax.core.Tracer):
+    if isinstance(ids, core.Tracer):
         return
     known = np.asarray(ids)
     if known.min() < 0 or known.max() > network.vocab_size:

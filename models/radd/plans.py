@@ -9,6 +9,7 @@ of a sampler's many steps is the events of each row: the steps in which somethin
 from typing import NamedTuple
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,7 +92,7 @@ def order_plan(order, free_RT: jax.Array, key: jax.Array | None = None) -> Plan:
             order = np.arange(tokens)[:: 1 if order == "forward" else -1]
     if order.shape not in ((tokens,), (rows, tokens)):
         raise ValueError(f"order must be {(tokens,)} or {(rows, tokens)}, got {order.shape}")
-    if not isinstance(order, jax.core.Tracer):
+    if not isinstance(order, core.Tracer):
         if np.any(np.sort(order, axis=-1) != np.broadcast_to(np.arange(tokens), order.shape)):
             raise ValueError("an order must visit each position once")
     order_RT = jnp.broadcast_to(jnp.asarray(order).astype(jnp.int32), (rows, tokens))

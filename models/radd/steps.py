@@ -108,8 +108,7 @@ def sample(
 
     shape = jax.eval_shape(evaluate, jax.ShapeDtypeStruct(start_BT.shape, jnp.int32))
     carry = jnp.asarray(start_BT), jnp.zeros(shape.shape, shape.dtype), jnp.ones(rows, bool)
-    psis = jnp.asarray(psi_N, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
-    at = (jnp.arange(len(psi_N), dtype=jnp.uint32), psis, uniforms_NBTS, unmask_NBT)
+    at = (jnp.arange(len(psi_N), dtype=jnp.uint32), jnp.asarray(psi_N), uniforms_NBTS, unmask_NBT)
     (ids_BT, _, _), (needs_NB, states) = jax.lax.scan(step, carry, at)
     if states is not None:
         states = jnp.concatenate([start_BT[None], states])
