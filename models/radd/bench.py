@@ -22,21 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import params as params_lib
 from . import events, rates, steps
+from .config import RADDConfig
+from .model import RADD
 from .network import Network
+from .schedules import LogLinear
 
 FIRST = 4  # steps to learn how long one takes
 WAYS = ("plain", "cached", "events")
-
-
-class LogLinear:
-    """Masked with probability 0.999 t."""
-
-    def total(self, t):
-        return -np.log1p(-0.999 * t)
-
-    def rate(self, t):
-        return 0.999 / (1 - 0.999 * t)
 
 
 def define_flags() -> None:
@@ -73,8 +67,8 @@ def main(argv: list[str]) -> None:
     print(f", {given.vocab} tokens\n")
     print("\n".join(table([])), flush=True)
     rows = []
+    network = random_network(given.layers, given.width, given.vocab)
     for length in lengths:
-        network = stand_in(given.layers, given.width, given.vocab, length)
         for batch in batches:
             for multiple in multiples:
                 shape = (length, batch, multiple * length)
@@ -137,30 +131,26 @@ def measure(
     return row
 
 
-def stand_in(layers: int, width: int, vocab: int, length: int) -> Network:
-    """A transformer that sees both ways, with random weights."""
-    heads, keys = width // 32, iter(jax.random.split(jax.random.key(1), 4 * layers + 3))
-    normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[0] ** -0.5
-    embedding, places = normal(vocab + 1, width), normal(length, width)
-    shapes = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
-    blocks = [[normal(*shape) for shape in shapes] for _ in range(layers)]
-    out = normal(width, vocab)
-
-    def norm(x):
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
-
-    def body(ids_BT):
-        x_BTD = embedding[ids_BT] * width**0.5 + places[None]
-        for qkv, project, up, down in blocks:
-            split = (norm(x_BTD) @ qkv).reshape(*ids_BT.shape, 3, heads, 32)
-            q, k, v = (split[:, :, i] for i in range(3))
-            y = jax.nn.dot_product_attention(q, k, v).reshape(x_BTD.shape)
-            x_BTD = x_BTD + y @ project
-            x_BTD = x_BTD + jax.nn.gelu(norm(x_BTD) @ up) @ down
-        return norm(x_BTD)
-
-    return Network(body, lambda hidden: hidden @ out, vocab)
+def random_network(layers: int, width: int, vocab: int) -> Network:
+    """RADD with random weights, the last too, which otherwise begin at 0."""
+    config = RADDConfig(
+        vocab_size=vocab + 1,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_heads=width // 32,
+        dropout=0.0,
+        rope_theta=1e4,
+        dtype="float32",
+        param_dtype="float32",
+        remat=False,
+    )
+    module: Any = RADD(config)
+    params = params_lib.initialise(module, jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+    head = params["lm_head"]
+    head["kernel"] = width**-0.5 * jax.random.normal(jax.random.key(2), head["kernel"].shape)
+    apply = functools.partial(module.apply, {"params": params})
+    part = lambda name: functools.partial(apply, method=name)
+    return Network(part("body"), part("head"), vocab)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -13,15 +13,24 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from scanax.configs import base, flow_digits, flow_rfpp, lightnet_imagenet
-from scanax.models import params as params_lib, unet
+from scanax.configs import (
+    base,
+    flow_digits,
+    flow_rfpp,
+    lightnet_imagenet,
+    radd_characters,
+    radd_openwebtext,
+)
+from scanax.models import params as params_lib, radd, unet
 from scanax.models.lightnet import LightNetClassifier, LightNetGridConfig
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.config import ConfigError, build, changes, from_dict, to_dict, unknown_key
 from scanax.train.data import tokenizer as tokenizers
 from scanax.train.data.flow import FlowImageConfig
+from scanax.train.data.text import TextConfig
 from scanax.train.loop import param_table, place
 from scanax.train.tasks.flow_config import ObjectiveConfig, SamplerConfig
+from scanax.train.tasks.masked_config import MaskedObjectiveConfig, MaskedSamplerConfig
 
 CONFIGS = ("word_problem_s3", "word_problem_s3_long", "lm_embedded", "lm_characters", "lm_bpe")
 CONFIGS += ("lm_books", "lm_fineweb", "digits_mlp")
@@ -34,8 +43,9 @@ CONFIGS += ("rmoe_lm_embedded", "rmoe_characters", "rmoe_enwik8", "rmoe_large")
 CONFIGS += ("rmoe_delta_product_lm_embedded",)
 CONFIGS += ("flow_toy", "flow_digits", "flow_cifar")
 CONFIGS += ("digits_convnet", "mnist_convnet", "cifar_convnet")
+CONFIGS += ("radd_lm_embedded", "radd_characters")
 NOT_RUNS = ("__init__", "base", "datasets")  # what configs are made of
-ELSEWHERE = ("lightnet_imagenet", "flow_rfpp")  # without data, or all sizes: tested below
+ELSEWHERE = ("lightnet_imagenet", "flow_rfpp", "radd_openwebtext")  # without data, or all sizes
 
 
 @pytest.fixture
@@ -127,6 +137,27 @@ def test_recipes_of_2_rfpp(files, data):
     build(SamplerConfig, config.sampler, "sampler")
     build(FlowImageConfig, config.data, "data")
     assert model == unet.preset(flow_rfpp.RECIPES[data][0])
+
+
+@pytest.mark.parametrize("size", radd.SIZES)
+def test_published_sizes_of_radd(size):
+    """The text is not there, but what the config says of it is valid."""
+    config = from_dict(radd_openwebtext.get_config(size).to_dict())
+    build(radd.RADDConfig, {**config.model, "vocab_size": 50258}, "model")
+    build(MaskedObjectiveConfig, config.objective, "objective")
+    build(MaskedSamplerConfig, config.sampler, "sampler")
+    build(TextConfig, config.data, "data")
+
+
+@pytest.mark.parametrize("model", ["lightnet", "ar"])
+def test_what_is_compared_with_radd(files, model):
+    """At about its number of parameters."""
+    shapes = []
+    for name in ("radd", model):
+        config = from_dict(radd_characters.get_config(name).to_dict())
+        shapes.append(state_lib.shapes(tasks.build(config), config).params)
+    ours, theirs = map(params_lib.count, shapes)
+    assert abs(theirs / ours - 1) < 0.05
 
 
 def test_every_config_file_is_tested(root):
