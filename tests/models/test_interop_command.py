@@ -223,3 +223,35 @@ def test_diffusion_model_becomes_a_flow(golden, tmp_path, monkeypatch):
         "edm_songunet", after, json.loads((tmp_path / "export" / "config.json").read_text())
     )
     jax.tree.map(np.testing.assert_array_equal, params, scanax.train.load(tmp_path / "run").params)
+
+
+def test_published_masked_diffusion_and_back(golden, tmp_path, monkeypatch):
+    """RADD's network -> run -> gaps filled -> published again, the same to the bit."""
+    with np.load(golden / "radd" / "radd_tiny.npz") as arrays:
+        tensors = {n.removeprefix("param/"): arrays[n] for n in arrays if n[:6] == "param/"}
+    tensors.pop("rotary_emb.inv_freq")
+    config = {"tokens": 12, "model": {"hidden_size": 32, "n_blocks": 2, "n_heads": 4}}
+    folder = write(tmp_path / "published", tensors, config)
+    (tmp_path / "text.txt").write_text("abcdefghij" * 40)  # and two for unknown and end
+    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
+    data = {"source": "files", "path": "text.txt", "tokenizer": "char", "holdout": "tail"}
+    data |= {"length": 16, "end_of_document": False}
+    options = [f"--config.data.{name}={value}" for name, value in data.items()]
+    made = convert(folder, tmp_path / "run", "--config=configs/radd_lm_embedded.py", *options)
+    assert made.returncode == 0, made.stdout
+    filled = run("scanax.train.sample", f"--workdir={tmp_path / 'run'}", "--infill=abc[[4]]hij")
+    assert filled.returncode == 0, filled.stdout
+    assert re.search(r"^abc.{4}hij$", filled.stdout, re.MULTILINE), filled.stdout
+    exported = convert(tmp_path / "run", tmp_path / "export")
+    assert exported.returncode == 0, exported.stdout
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(np.array_equal(after[name], x) for name, x in tensors.items())
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["tokens"] == 12
+
+    other = [x.replace("text.txt", "other.txt") for x in options]
+    (tmp_path / "other.txt").write_text("abcd" * 100)
+    refused = convert(folder, tmp_path / "no", "--config=configs/radd_lm_embedded.py", *other)
+    assert (
+        refused.returncode == 2 and "model.vocab_size (13) must be the 6 tokens" in refused.stdout
+    )
