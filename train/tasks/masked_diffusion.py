@@ -114,7 +114,7 @@ def build(config: Config) -> Task:
         """[n, data.length] tokens."""
         del extra
         start_RT = np.full((n, data.length), mask, np.int32)
-        return np.asarray(filler.fill(params, radd.draws.row_keys(key, n), start_RT).tokens)
+        return filler.fill(params, radd.draws.row_keys(key, n), start_RT)
 
     def render(samples: Sequence[np.ndarray]) -> str:
         parts = [f"--- {i} ---\n{tokenizer.decode(ids)}" for i, ids in enumerate(samples)]

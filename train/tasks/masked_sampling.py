@@ -47,22 +47,17 @@ class MaskedSampler:
         self.encode, self.mask = encode, mask
         self.schedule = schedule
 
-    def fill(
-        self, params: Any, keys_R, start_RT: np.ndarray, sampling: Sampling | None = None
-    ) -> radd.events.Sampled:
-        """Samples what is masked in rows of the context's length; all else stays."""
-        c = self.config
-        sampling = sampling or c.sampling
+    def fill(self, params: Any, keys_R, start_RT: np.ndarray) -> np.ndarray:
+        """Samples what is masked in rows [R, T] of the context's length; all else stays."""
+        run = functools.partial(self._fill, self.config.sampling)
+        return np.asarray(jax.jit(run)(params, keys_R, jnp.asarray(start_RT)).tokens)
 
-        def run(params, keys_R, start_RT):
-            sample = radd.events.sample
-            if c.order in radd.adaptive.ORDERS:
-                sample = functools.partial(radd.adaptive.sample, order=c.order)
-            network = self.network(params)
-            plan = self.plan(keys_R, start_RT == self.mask)
-            return sample(network, keys_R, start_RT, plan, sampling, c.slots)
-
-        return jax.jit(run)(params, keys_R, jnp.asarray(start_RT, jnp.int32))
+    def _fill(self, sampling: Sampling, params, keys_R, start_RT) -> radd.events.Sampled:
+        sample = radd.events.sample
+        if self.config.order in radd.adaptive.ORDERS:
+            sample = functools.partial(radd.adaptive.sample, order=self.config.order)
+        plan = self.plan(keys_R, start_RT == self.mask)
+        return sample(self.network(params), keys_R, start_RT, plan, sampling, self.config.slots)
 
     def plan(self, keys_R, free_RT: jax.Array) -> radd.plans.Plan:
         """Which positions of a row are unmasked together."""
@@ -112,13 +107,15 @@ class MaskedSampler:
         start_RT = np.full((len(rows), self.length), self.mask, np.int32)
         for row, ids in zip(start_RT, rows, strict=True):
             row[: len(ids)] = ids
-        begin, keys_R = time.perf_counter(), radd.draws.row_keys(key, len(rows))
         beyond = max(len(ids) for ids in rows) + max_tokens - self.length
-        if beyond <= 0:
-            found_RT = self.fill(params, keys_R, start_RT, sampling).tokens
-        else:
-            found_RT = self._extend(params, keys_R, start_RT, sampling, beyond)
-        found_RT = np.asarray(found_RT)
+        run = functools.partial(self._fill, sampling)
+        if beyond > 0:
+            run = self._extend(sampling, beyond)
+        inputs = params, radd.draws.row_keys(key, len(rows)), jnp.asarray(start_RT)
+        compiled = jax.jit(run).lower(*inputs).compile()
+        begin = time.perf_counter()
+        found_RT = np.asarray(compiled(*inputs).tokens)
+        seconds = time.perf_counter() - begin
         new = [
             row[len(ids) : len(ids) + max_tokens] for ids, row in zip(rows, found_RT, strict=True)
         ]
@@ -132,10 +129,10 @@ class MaskedSampler:
             prompt_tokens=sum(map(len, rows)),
             new_tokens=sum(map(len, new)),
             prefill_seconds=0.0,
-            decode_seconds=time.perf_counter() - begin,
+            decode_seconds=seconds,
         )
 
-    def _extend(self, params, keys_R, start_RT, sampling: Sampling, beyond: int) -> jax.Array:
+    def _extend(self, sampling: Sampling, beyond: int) -> Callable[..., radd.events.Sampled]:
         c = self.config
         if c.order in radd.adaptive.ORDERS:
             raise ConfigError(f"sampler.order={c.order} does not go beyond the context")
@@ -144,20 +141,13 @@ class MaskedSampler:
                 f"sampler.block ({c.block}) must be below the context ({self.length}), so that a"
                 " window sees something of the one before"
             )
+        options = {"block": c.block, "blocks": -(-beyond // c.block)}
 
         def run(params, keys_R, start_RT):
-            return radd.blocks.extend(
-                self.network(params),
-                keys_R,
-                start_RT,
-                self.plan,
-                sampling,
-                c.slots,
-                block=c.block,
-                blocks=-(-beyond // c.block),
-            ).tokens
+            inputs = self.network(params), keys_R, start_RT, self.plan, sampling, c.slots
+            return radd.blocks.extend(*inputs, **options)
 
-        return jax.jit(run)(params, keys_R, jnp.asarray(start_RT))
+        return run
 
     def infill(
         self, params: Any, extra: Any, key: jax.Array, texts: Sequence[str]
@@ -186,7 +176,7 @@ class MaskedSampler:
             start_RT[i, : len(ids)] = ids
             lengths.append(len(ids))
         keys_R = radd.draws.row_keys(key, len(texts))
-        return np.asarray(self.fill(params, keys_R, start_RT).tokens), lengths
+        return self.fill(params, keys_R, start_RT), lengths
 
 
 def _find(ids: np.ndarray, part: np.ndarray) -> int:
