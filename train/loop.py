@@ -209,7 +209,7 @@ def starting_params(
     Raises:
       CheckpointError: if there are none, or they are another model's.
     """
-    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):
+    if not config.init_from or begun(workdir):
         return None
     try:
         source = Checkpoints(pathlib.Path(config.init_from))
@@ -219,6 +219,11 @@ def starting_params(
         raise CheckpointError(f"config.init_from: {error}") from error
     logger.info("starting from the parameters of %s, step %d", config.init_from, found.step)
     return found.value
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether a step was saved, whole or damaged since; what a killed save left does not count."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def put_given(task: Task, mesh: jax.sharding.Mesh) -> Any:

@@ -128,11 +128,14 @@ def test_run_starts_from_another_ones_parameters(teacher, tmp_path):
     config, task = make(toy(**{"init_from": str(teacher)}))
     _, shardings = loop.place(task, config)
     shapes = state_lib.shapes(task, config)
+    (tmp_path / "checkpoints" / "1000.orbax-checkpoint-tmp-1").mkdir(parents=True)  # a killed save
     params = loop.starting_params(config, tmp_path, shapes, shardings)
     assert tree_checksums(params) == {name: entry[2] for name, entry in saved["params"].items()}
     assert saved["params"] != saved["ema"]
     state, step = loop._start(task, config, shardings, None, params)
     assert step == 0 and tree_checksums(state.ema) == tree_checksums(state.params)
+    (tmp_path / "checkpoints" / "1000").mkdir()
+    assert loop.starting_params(config, tmp_path, shapes, shardings) is None
 
 
 def test_start_from_another_model_is_refused(teacher, tmp_path):
