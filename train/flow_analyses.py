@@ -36,11 +36,13 @@ def quality(
 ) -> str:
     """Distances between samples and real images for each of ``sampler.recipes``, and pictures.
 
-    Samples are compared with so many real images of the training part: 2,048, or all.
+    Samples are compared with so many real images of the training part: 2,048, or all; or, if
+    samples begin at images, as many as are held out of these.
     """
     del extra, length
     folder.mkdir(parents=True, exist_ok=True)
-    real = flow.data.real(rows or 2048, training=True)
+    starts = flow.data.available(training=False, starts=True)
+    real = flow.data.real(min(rows or 2048, starts), training=True)
     extractor = _extractor(flow, folder, real)
     reports, names = [], []
     for text in flow.sampler.recipes:
@@ -64,18 +66,20 @@ def geometry(
 ) -> str:
     """Straightness, transport cost, and the identity that ties them to the loss.
 
-    Of 2,048 samples (``rows``) and 100 Euler steps (``length``).
+    Of 2,048 samples (``rows``) and 100 Euler steps (``length``). Ends are independent and held out,
+    or pairs that are, as many as there are; the flow is asked with their labels.
     """
     del extra
     folder.mkdir(parents=True, exist_ok=True)
     numbers = np.arange(rows or 2048)
     text = f"euler:{length or 100}"
-    x0, labels, _ = flow.starts(numbers, jax.random.key(SEED))
-    x1, _ = flow.data.ends(numbers, training=False)
+    x0, *_ = flow.starts(numbers, jax.random.key(SEED))
+    x1, labels = map(jnp.asarray, flow.data.ends(numbers, training=False))
     if flow.data.pairs is not None:
-        pairs = flow.data.pairs.batch(numbers % len(flow.data.pairs), numbers)
+        _, held = flow.data.pairs.split(flow.data.config.eval_fraction)
+        numbers = numbers[: len(held)]
+        pairs = held.batch(numbers, numbers)
         x0, x1, labels = (jnp.asarray(pairs[n]) for n in ("x0", "x1", "labels"))
-    x1 = jnp.asarray(x1)
     found: dict[str, Any] = {"samples": len(numbers), "solver": text}
     sums = {n: 0.0 for n in ("straightness", "mean_straightness", "crossing")}
     costs = {f"{c}_{n}": 0.0 for c in geometry_lib.COSTS for n in ("pairs", "flow")}
@@ -193,9 +197,9 @@ def transfer(
         raise ConfigError("transfer is between two kinds of images: set data.start_path")
     folder.mkdir(parents=True, exist_ok=True)
     numbers = np.arange(rows or 16)
-    labels = np.zeros(len(numbers), np.int32)
-    a, b = flow.data.start(numbers, training=False), flow.data.ends(numbers, training=False)[0]
-    there, nfe = _forward(flow, params, a, labels)
+    x, wanted, _ = flow.starts(numbers, jax.random.key(SEED))
+    a, (b, labels) = np.asarray(x), flow.data.ends(numbers, training=False)
+    there, nfe = _forward(flow, params, a, wanted)
     back, _ = _solve(flow, params, b, labels, flow.sampler.invert)
     shown = np.stack([a, there, b, back]).reshape(-1, *a.shape[1:])
     _save(pictures.images(shown, columns=len(numbers)), folder / "transfer.png")

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 
+from flow_runs import digits, first_loss, make, toy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from stepping import train
 
-from scanax.configs import base, flow_toy
 from scanax.models.rectified_flow import path
-from scanax.train import loop, optimizer as optimizer_lib, run as run_lib, state as state_lib, tasks
+from scanax.train import loop, optimizer as optimizer_lib, run as run_lib, state as state_lib
 from scanax.train.checkpoint import CheckpointError, Checkpoints
 from scanax.train.checksum import tree_checksums
 from scanax.train.config import ConfigError, from_dict, replaced
@@ -25,49 +25,6 @@ def standard_promotion():
     """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def toy(**changes):
-    """A small run of points; ``changes`` by dotted key."""
-    config = flow_toy.get_config()
-    small = {
-        "num_steps": 4,
-        "batch_size": 16,
-        "model.hidden_size": 8,
-        "evaluation.batches": 1,
-        "evaluation.batch_size": 16,
-        "evaluation.samples": 0,
-        "optimizer.ema_decay": 0.9,
-        "sampler.recipe": "euler:4",
-        "mesh.data": 1,
-    }
-    config.update_from_flattened_dict({**small, **changes})
-    return config
-
-
-def digits(**changes):
-    """A small run of 8 x 8 digits with classes."""
-    config = base.get_config("rectified_flow", "dit")
-    small = {
-        "num_steps": 2,
-        "batch_size": 8,
-        "model.hidden_size": 16,
-        "model.num_hidden_layers": 1,
-        "model.num_heads": 2,
-        "model.patch_size": (4, 4),
-        "model.num_classes": 10,
-        "data.channels": 1,
-        "evaluation.batches": 1,
-        "evaluation.batch_size": 8,
-        "evaluation.samples": 4,
-        "sampler.recipe": "rf_euler:2",
-        "sampler.invert": "rf_invert_euler:2",
-        "sampler.features": "pixels",
-        "sampler.recipes": ("rf_euler:1", "rf_rk45:1e-1"),
-        "mesh.data": 1,
-    }
-    config.update_from_flattened_dict({**small, **changes})
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +41,6 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "run"
     run_lib.train(digits(), folder)
     return folder, run_lib.load(folder)
-
-
-def make(config):
-    config = from_dict(config.to_dict())
-    return config, tasks.build(config)
-
-
-def first_loss(config):
-    """Loss per example of the first batch, the parameters, batch and keys."""
-    frozen, task = make(config)
-    params, extra = task.init(jax.random.key(3))
-    extra = {**extra, **({"given": task.given()} if task.given() else {})}
-    batch = {name: jnp.asarray(x) for name, x in next(task.train_data(0, 1)).items()}
-    keys = jax.random.split(jax.random.key(4), frozen.batch_size)
-    total, aux = task.loss(params, extra, batch, keys)
-    return total / aux.weight, params, batch, keys, aux
 
 
 def test_loss_is_that_of_the_velocity_on_the_path():
@@ -311,27 +252,6 @@ def test_what_is_no_image_or_class_is_refused(images):
     in_turn = run.task.sample(run.params, run.extra, jax.random.key(5), 4)
     np.testing.assert_array_equal(chosen[3], in_turn[3])
     assert np.any(chosen[0] != in_turn[0])
-
-
-def test_image_to_image(tmp_path, monkeypatch):
-    """From dark images to bright ones: pairs are drawn anew in every epoch."""
-    rng = np.random.default_rng(0)
-    for name, low in (("a", 0), ("b", 128)):
-        np.save(tmp_path / f"{name}.npy", rng.integers(low, low + 120, (40, 8, 8, 1), np.uint8))
-    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
-    changes = {"data.source": "files", "data.path": "b.npy", "data.start_path": "a.npy"}
-    config = digits(**changes, **{"model.num_classes": 0, "num_steps": 1})
-    run_lib.train(config, tmp_path / "run")
-    run = run_lib.load(tmp_path / "run")
-    run.task.analyses["transfer"](run.params, run.extra, tmp_path / "run" / "eval" / "x", 4, 0)
-    data = run.task.train_data(0, 1)
-    seen = {}
-    for _ in range(12):
-        batch = next(data)
-        assert batch["x0"].max() < 0 < batch["x1"].min() + 0.01
-        for x0, x1 in zip(batch["x0"], batch["x1"], strict=True):
-            seen.setdefault(x1.tobytes(), set()).add(x0.tobytes())
-    assert max(len(partners) for partners in seen.values()) > 1
 
 
 def test_samplers_may_be_replaced(teacher):

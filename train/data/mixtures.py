@@ -123,9 +123,15 @@ class MixtureData:
         batch = self._batch(numbers, training)
         return batch["x1"], batch["labels"]
 
-    def start(self, numbers: np.ndarray, training: bool) -> np.ndarray:
-        """X_0 of these numbers, independent of their X_1: [R, 2] float32."""
-        return self._batch(numbers, training)["x0"]
+    def start(self, numbers: np.ndarray, seed: int, training: bool) -> np.ndarray:
+        """X_0 of these numbers and the seed: [R, 2] float32; no others are like them."""
+        del training
+        return Mixtures(self.config, draws_lib.stream(seed, "start")).batch(numbers, numbers)["x0"]
+
+    def available(self, training: bool, starts: bool) -> int:
+        """How many different X_0, or X_1, there are."""
+        del training, starts
+        return ENDLESS
 
     def _batch(self, numbers: np.ndarray, training: bool) -> Batch:
         return Mixtures(self.config, self.config.seed if training else -1).batch(numbers, numbers)

@@ -23,6 +23,7 @@ from .shards import claim, serialiser, shard_path, write_metadata, write_records
 
 NAME = "pairs"
 MANIFEST = "pairs.json"
+VERSION = 2  # 1 shared its starts with samples of the same seed, and its order with the files
 Pair = tuple[np.ndarray, np.ndarray, int, int]  # x0, x1, label, evaluations
 
 
@@ -41,6 +42,7 @@ class PairsPlan:
       number: of pairs.
       per_shard: pairs in a file.
       from_data: the data's own images are Z_1 and were solved backwards to Z_0.
+      version: of the way from the seed and a number to a pair.
     """
 
     teacher: str
@@ -52,6 +54,7 @@ class PairsPlan:
     number: int
     per_shard: int
     from_data: bool
+    version: int = VERSION
 
     @property
     def shards(self) -> int:
@@ -100,13 +103,17 @@ class Pairs:
       in_memory: read, and check, all of them at once; else whenever they are needed.
 
     Raises:
-      DataError: if there are no pairs, or their checksums do not hold.
+      DataError: if there are no pairs, another version made them, or their checksums do not hold.
     """
 
     def __init__(self, folder: str, in_memory: bool = True):
         self._folder = folder
         self._records = Records(NAME, folder, "train")
         self.metadata: Mapping[str, Any] = self._records.metadata
+        if self.metadata.get("version") != VERSION:
+            raise DataError(
+                f"the pairs in {folder} were made by another version of scanax: generate them again"
+            )
         self.identity = {**self._records.identity, "teacher": self.metadata["teacher"]}
         self._arrays = self._read(np.arange(len(self._records))) if in_memory else None
 

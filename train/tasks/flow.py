@@ -79,14 +79,17 @@ class Flow:
 
         return jax.jit(solve, static_argnums=(4, 5))
 
-    def starts(self, numbers: np.ndarray, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def starts(
+        self, numbers: np.ndarray, key: jax.Array, training: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """X_0 [B, ...] and labels [B] of these numbers, and their keys [B] for other noise.
 
-        Noise is a function of the key and the number alone; labels take turns, or are the
-        sampler's.
+        Noise and points are functions of the key and the number alone; images are the training or
+        the held-out ones, in an order of the key. Labels take turns, or are the sampler's.
         """
         keys_B2 = split_keys(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers)), 2)
-        given = self.data.start(numbers, training=False)
+        seed = int.from_bytes(np.asarray(jax.random.key_data(key)).tobytes())
+        given = self.data.start(numbers, seed, training)
         x = normal(keys_B2[0], self.data.shape) if given is None else jnp.asarray(given)
         labels = numbers % max(self.model.num_classes, 1)
         if self.sampler.label >= 0:
