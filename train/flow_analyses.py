@@ -215,7 +215,6 @@ def draw(flow: Any, params: Any, number: int, text: str) -> tuple[np.ndarray, fl
         numbers = np.arange(number)[part]
         x, labels, keys = flow.starts(numbers, jax.random.key(SEED))
         solution = flow.solve(params, x, labels, text, keys)
-        _warn(solution, text)
         found.append(np.asarray(solution.x))
         nfe += float(np.mean(solution.nfe)) * len(numbers) / number
     return np.concatenate(found), nfe
@@ -238,7 +237,6 @@ def _solve(flow, params, x: np.ndarray, labels: np.ndarray, text: str) -> tuple[
         keys = jax.random.split(jax.random.key(SEED), len(x[part]))
         labels_B = jnp.asarray(labels[part], jnp.int32)
         solution = flow.solve(params, jnp.asarray(x[part]), labels_B, text, keys)
-        _warn(solution, text)
         found.append(np.asarray(solution.x))
         nfe += float(np.mean(solution.nfe)) * len(x[part]) / len(x)
     return np.concatenate(found), nfe
@@ -295,16 +293,6 @@ def _extractor(flow, folder: pathlib.Path, real: np.ndarray):
         return metrics.make_extractor(kind, real)
     except ValueError as error:
         raise ConfigError(f"sampler.features: {error}") from error
-
-
-def _warn(solution, text: str) -> None:
-    """Says how far a solver came that did not arrive."""
-    reached = np.asarray(solution.reached)
-    if not reached.all():
-        logger.warning(
-            "%s did not reach its tolerance for %d of %d samples: they stop at times from %.3g on",
-            *(text, np.sum(~reached), reached.size, float(np.min(solution.time))),
-        )
 
 
 def _save(picture: np.ndarray, path: pathlib.Path) -> None:

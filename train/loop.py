@@ -79,6 +79,8 @@ def train(
     found = starting_params(config, workdir, shapes, shardings)
     given = put_given(task, mesh)
     data = task.train_data(jax.process_index(), jax.process_count())
+    if not begun(workdir):
+        task.begin()
 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():

@@ -156,5 +156,5 @@ def test_geometry_asks_with_the_labels_of_the_ends(monkeypatch, tmp_path):
 
 def pairs_plan(**changes) -> pairs_lib.PairsPlan:
     values = {"teacher": "0" * 16, "run": "runs/x, step 1", "solver": "euler:1", "seed": 0}
-    values |= {"batch_size": 8, "per_shard": 64, "from_data": False}
+    values |= {"batch_size": 8, "per_shard": 64, "from_data": False, "num_classes": 0}
     return pairs_lib.PairsPlan(**{**values, **changes})

@@ -16,7 +16,7 @@ import numpy as np
 from . import draws as draws_lib
 from .image_sources import ImageConfig, Images
 from .images import Augmented, ImageSet
-from .pairs import Pairs, check_pairs
+from .pairs import Pairs
 from .pipeline import ENDLESS, Batch, Batches, DataError, Source, eval_batch, order
 
 _SHUFFLED = draws_lib.stream(0, "ends")  # files come sorted by class; a part of them must not
@@ -72,8 +72,14 @@ class FlowImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W, C)."""
-        return self._images.shape
+        """(H, W, C): the config's, or of the images where it leaves that to them."""
+        c = self.config
+        return (c.image_size, c.image_size, c.channels) if c.image_size else self._images.shape
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether X_0 is N(0, I)."""
+        return not self.config.start_path
 
     @property
     def num_classes(self) -> int:
@@ -81,14 +87,8 @@ class FlowImages:
 
     @functools.cached_property
     def pairs(self) -> Pairs | None:
-        """The pairs that are trained on.
-
-        Raises:
-          DataError: if their images have another shape than the data's, or labels it has not.
-        """
-        if not self.config.pairs:
-            return None
-        return check_pairs(Pairs(self.config.pairs, self.config.in_memory), self.shape)
+        """The pairs that are trained on."""
+        return Pairs(self.config.pairs, self.config.in_memory) if self.config.pairs else None
 
     @functools.cached_property
     def starts(self) -> ImageSet | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import draws as draws_lib
-from .pairs import Pairs, check_pairs
+from .pairs import Pairs
 from .pipeline import ENDLESS, Batch, Batches, eval_batch
 
 
@@ -98,13 +98,12 @@ class MixtureData:
 
     shape = (2,)
     num_classes = 0
+    from_noise = False
 
     @functools.cached_property
     def pairs(self) -> Pairs | None:
         """The pairs that are trained on."""
-        if not self.config.pairs:
-            return None
-        return check_pairs(Pairs(self.config.pairs, self.config.in_memory), self.shape)
+        return Pairs(self.config.pairs, self.config.in_memory) if self.config.pairs else None
 
     def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches:
         c = self.config
