@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from . import losses, path
 from .perceptual import Distance
 from .solvers import Velocity
+from .times import EPS
 
-EPS = 1e-3
 LEGS = (0.2, 0.8)  # s of flow-guided distillation is uniform between these
 FIRST = ("student", "teacher")
 

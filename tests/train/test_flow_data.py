@@ -5,6 +5,7 @@ import json
 
 from flow_runs import digits, make, toy
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,6 +153,21 @@ def test_geometry_asks_with_the_labels_of_the_ends(monkeypatch, tmp_path):
     labels = f.data.ends(np.arange(16), training=False)[1]
     np.testing.assert_array_equal(asked[-1], labels)
     assert np.any(labels != np.arange(16) % 10)
+
+
+def test_noise_of_analyses_is_of_the_row_and_the_way():
+    """Whatever is solved beside it, and not the same there and back."""
+    f = flow(digits())
+    params, _ = make(digits())[1].init(jax.random.key(0))
+    zero = np.zeros((260, 8, 8, 1), np.float32)
+    still = jax.tree.map(jnp.zeros_like, params)
+    solve = lambda text: flow_analyses._solve(f, still, zero, np.zeros(260), text)[0]
+    there, back = solve("cm_stochastic:1"), solve("rfpp_invert_euler:1")
+    assert np.all(there == 0) and len(np.unique(back, axis=0)) == 260
+    noisy = solve("rf_sde:1:1.0")
+    assert len(np.unique(noisy, axis=0)) == 260
+    cosine = np.sum(noisy * back) / np.linalg.norm(noisy) / np.linalg.norm(back)
+    assert abs(cosine) < 0.1
 
 
 def pairs_plan(**changes) -> pairs_lib.PairsPlan:

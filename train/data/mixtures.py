@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...models.rectified_flow.exact import toy_means
 from . import draws as draws_lib
 from .pairs import Pairs
 from .pipeline import ENDLESS, Batch, Batches, eval_batch
@@ -46,9 +47,7 @@ class MixtureConfig:
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the components of X_0 and of X_1: [K, 2] float64 each."""
-        far, near = self.distance * 3**0.5 / 2, self.distance / 2
-        start_K2 = np.asarray([[far, near], [-far, near], [0.0, -far]])
-        return start_K2, start_K2 * np.asarray([[1.0, -1.0]])
+        return toy_means(self.distance)
 
 
 class Mixtures:
