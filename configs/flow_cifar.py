@@ -5,8 +5,7 @@
 
 Sizes are 27.9m, 15.7m (the default), 7.0m and 3.4m, millions of parameters of DDPM++ (Zhu, Liu and
 Liu 2024). For one GPU: 10,000 steps of 128 images, with a learning rate of 4e-4 and an average that
-forgets soon, instead of the published 800,000. It starts on a CPU too: the README has the time of
-a step there.
+forgets soon, instead of the published 800,000.
 """
 
 import dataclasses
@@ -25,7 +24,6 @@ def get_config(size: str = "15.7m"):
     config.batch_size = 128
 
     config.model.update(dataclasses.asdict(unet.preset(f"slimflow_{size}")))
-    config.model.dropout = 0.1
     config.model.dtype = "bfloat16"
 
     config.data.update(datasets.files("cifar10_jpeg.zip/train", "cifar10_jpeg.zip/test"))

@@ -9,8 +9,11 @@ With EDM's checkpoint as a folder of config.json and .safetensors, and LPIPS wei
   python -m scanax.train.main $F --workdir runs/rfpp \\
       --config.init_from=runs/edm --config.data.pairs=pairs/edm
 
-DATA is cifar10, ffhq64 or imagenet64 (the images that samples are compared with: data.source). The
-published schedules: 800,000 steps of 512, 1,000,000 of 256, 700,000 of 2,048. Not trained here.
+DATA is cifar10, ffhq64 or imagenet64 (the images that samples are compared with: data.source; the
+last two as ``scanax.train.data.prepare images`` leaves them, with a --eval_path for the split named
+validation). Pairs of cifar10 are read into memory, 25 GB for 1,000,000; the others' are read from
+disk when needed. The published schedules: 800,000 steps of 512, 1,000,000 of 256, 700,000 of 2,048.
+Not trained here.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ import dataclasses
 from scanax.configs import base, datasets
 from scanax.models import unet
 
-# preset, learning rate, warm-up, batch, steps, loss, Heun steps of the teacher's sampler
+# preset, learning rate, warm-up, batch, steps, loss
 RECIPES = {
     "cifar10": ("rfpp_cifar10", 2e-4, 5000, 512, 800_000, "lpips_huber_divt"),
     "ffhq64": ("rfpp_ffhq64", 2e-4, 5000, 256, 1_000_000, "lpips_huber"),
@@ -40,8 +43,10 @@ def get_config(data: str = "cifar10"):
     if data == "cifar10":
         config.data.update(datasets.files("cifar10_jpeg.zip/train", "cifar10_jpeg.zip/test"))
     else:
-        config.data.update(datasets.tfds(data, "prepared"))
+        config.data.update(datasets.tfds(data, "prepared", eval_split="validation"))
     config.data.in_memory = data == "cifar10"
+    if data == "ffhq64":
+        config.data.label_key = ""  # faces have no classes
 
     config.objective.loss = loss
     config.objective.times = "u_shaped"

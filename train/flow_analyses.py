@@ -36,15 +36,18 @@ def quality(
 ) -> str:
     """Distances between samples and real images for each of ``sampler.recipes``, and pictures.
 
-    Samples are compared with so many real images of the training part: 2,048, or all.
+    Samples are compared with so many real images of the training part: 2,048, or all; or, if
+    samples begin at images, as many as are held out of these.
     """
     del extra, length
     folder.mkdir(parents=True, exist_ok=True)
-    real = flow.data.real(rows or 2048, training=True)
+    starts = flow.data.available(training=False, starts=True)
+    real = flow.data.real(min(rows or 2048, starts), training=True)
     extractor = _extractor(flow, folder, real)
     reports, names = [], []
+    x, labels, keys = flow.starts(np.arange(len(real)), jax.random.key(SEED))
     for text in flow.sampler.recipes:
-        samples, nfe = draw(flow, params, len(real), text)
+        samples, nfe = _solve(flow, params, x, labels, text, keys)
         levels = quantise(samples)
         report = metrics.evaluate(real, levels.images, extractor)
         reports.append({**report, "recipe": text, "nfe": nfe, "clipped": levels.clipped})
@@ -64,18 +67,20 @@ def geometry(
 ) -> str:
     """Straightness, transport cost, and the identity that ties them to the loss.
 
-    Of 2,048 samples (``rows``) and 100 Euler steps (``length``).
+    Of 2,048 samples (``rows``) and 100 Euler steps (``length``). Ends are independent and held out,
+    or pairs that are, as many as there are; the flow is asked with their labels.
     """
     del extra
     folder.mkdir(parents=True, exist_ok=True)
     numbers = np.arange(rows or 2048)
     text = f"euler:{length or 100}"
-    x0, labels, _ = flow.starts(numbers, jax.random.key(SEED))
-    x1, _ = flow.data.ends(numbers, training=False)
+    x0, *_ = flow.starts(numbers, jax.random.key(SEED))
+    x1, labels = map(jnp.asarray, flow.data.ends(numbers, training=False))
     if flow.data.pairs is not None:
-        pairs = flow.data.pairs.batch(numbers % len(flow.data.pairs), numbers)
+        _, held = flow.data.pairs.split(flow.data.config.eval_fraction)
+        numbers = numbers[: len(held)]
+        pairs = held.batch(numbers, numbers)
         x0, x1, labels = (jnp.asarray(pairs[n]) for n in ("x0", "x1", "labels"))
-    x1 = jnp.asarray(x1)
     found: dict[str, Any] = {"samples": len(numbers), "solver": text}
     sums = {n: 0.0 for n in ("straightness", "mean_straightness", "crossing")}
     costs = {f"{c}_{n}": 0.0 for c in geometry_lib.COSTS for n in ("pairs", "flow")}
@@ -93,8 +98,7 @@ def geometry(
     found |= {name: value / len(numbers) for name, value in (sums | costs).items()}
     found["cost_saved"] = found["squared_pairs"] - found["squared_flow"]
     found["straightness_and_crossing"] = found["straightness"] + found["crossing"]
-    (folder / "geometry.json").write_text(json.dumps(found, indent=2) + "\n")
-    return "\n".join(f"{name} {value}" for name, value in found.items())
+    return _summary(found, folder / "geometry.json")
 
 
 def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, length: int) -> str:
@@ -116,8 +120,7 @@ def toy(flow: Any, params: Any, extra: Any, folder: pathlib.Path, rows: int, len
     shown = {f"{steps} steps": np.asarray(path.trajectory)}
     shown["one step"] = np.stack([np.asarray(x0[:200]), ends[1][:200]])
     pictures.trajectories(flow.data.config, shown, folder / "trajectories.png")
-    (folder / "toy.json").write_text(json.dumps(found, indent=2) + "\n")
-    return "\n".join(f"{name} {value}" for name, value in found.items())
+    return _summary(found, folder / "toy.json")
 
 
 def inversion(
@@ -140,13 +143,12 @@ def inversion(
         "chi_square_mean": d,
         "chi_square_std": (2 * d) ** 0.5,
     }
-    (folder / "inversion.json").write_text(json.dumps(found, indent=2) + "\n")
     shown = np.stack([x[:16], np.clip(noise[:16] / 3, -1, 1), back[:16]])
     _save(
         pictures.images(shown.reshape(-1, *x.shape[1:]), columns=len(x[:16])),
         folder / "inversion.png",
     )
-    return "\n".join(f"{name} {value}" for name, value in found.items())
+    return _summary(found, folder / "inversion.json")
 
 
 def interpolation(
@@ -193,28 +195,15 @@ def transfer(
         raise ConfigError("transfer is between two kinds of images: set data.start_path")
     folder.mkdir(parents=True, exist_ok=True)
     numbers = np.arange(rows or 16)
-    labels = np.zeros(len(numbers), np.int32)
-    a, b = flow.data.start(numbers, training=False), flow.data.ends(numbers, training=False)[0]
-    there, nfe = _forward(flow, params, a, labels)
+    x, wanted, _ = flow.starts(numbers, jax.random.key(SEED))
+    a, (b, labels) = np.asarray(x), flow.data.ends(numbers, training=False)
+    there, nfe = _forward(flow, params, a, np.asarray(wanted))
     back, _ = _solve(flow, params, b, labels, flow.sampler.invert)
     shown = np.stack([a, there, b, back]).reshape(-1, *a.shape[1:])
     _save(pictures.images(shown, columns=len(numbers)), folder / "transfer.png")
     moved = float(np.mean(np.square(there - a)))
     (folder / "transfer.json").write_text(json.dumps({"nfe": nfe, "moved_mse": moved}) + "\n")
     return f"start, its image, end, its image: four rows in transfer.png; {nfe:g} evaluations"
-
-
-def draw(flow: Any, params: Any, number: int, text: str) -> tuple[np.ndarray, float]:
-    """``number`` samples by a recipe, and the mean number of evaluations of each."""
-    found, nfe = [], 0.0
-    for part in _parts(number):
-        numbers = np.arange(number)[part]
-        x, labels, keys = flow.starts(numbers, jax.random.key(SEED))
-        solution = flow.solve(params, x, labels, text, keys)
-        _warn(solution, text)
-        found.append(np.asarray(solution.x))
-        nfe += float(np.mean(solution.nfe)) * len(numbers) / number
-    return np.concatenate(found), nfe
 
 
 def _inverted(flow, params, number: int):
@@ -228,15 +217,22 @@ def _forward(flow, params, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     return _solve(flow, params, x, labels, flow.sampler.recipe)
 
 
-def _solve(flow, params, x: np.ndarray, labels: np.ndarray, text: str) -> tuple[np.ndarray, float]:
-    found, nfe = [], 0.0
+def _solve(
+    flow, params, x: jax.Array | np.ndarray, labels: jax.Array | np.ndarray, text: str, keys_N=None
+) -> tuple[np.ndarray, float]:
+    """Where a recipe takes x, in parts, and the mean number of evaluations of each.
+
+    Noise that the recipe asks for is of the keys, or of the row's number and the direction.
+    """
+    if keys_N is None:
+        key = jax.random.fold_in(jax.random.key(SEED), int(recipe(text).to_data))
+        keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+    labels_N, found, nfe = jnp.asarray(labels, jnp.int32), [], 0.0
     for part in _parts(len(x)):
-        keys = jax.random.split(jax.random.key(SEED), len(x[part]))
-        labels_B = jnp.asarray(labels[part], jnp.int32)
-        solution = flow.solve(params, jnp.asarray(x[part]), labels_B, text, keys)
-        _warn(solution, text)
+        rows = jnp.asarray(x[part])
+        solution = flow.solve(params, rows, labels_N[part], text, keys_N[part])
         found.append(np.asarray(solution.x))
-        nfe += float(np.mean(solution.nfe)) * len(x[part]) / len(x)
+        nfe += float(np.mean(solution.nfe)) * len(rows) / len(x)
     return np.concatenate(found), nfe
 
 
@@ -293,14 +289,10 @@ def _extractor(flow, folder: pathlib.Path, real: np.ndarray):
         raise ConfigError(f"sampler.features: {error}") from error
 
 
-def _warn(solution, text: str) -> None:
-    """Says how far a solver came that did not arrive."""
-    reached = np.asarray(solution.reached)
-    if not reached.all():
-        logger.warning(
-            "%s did not reach its tolerance for %d of %d samples: they stop at times from %.3g on",
-            *(text, np.sum(~reached), reached.size, float(np.min(solution.time))),
-        )
+def _summary(found: dict[str, Any], path: pathlib.Path) -> str:
+    """Writes figures as JSON; they as lines."""
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return "\n".join(f"{name} {value}" for name, value in found.items())
 
 
 def _save(picture: np.ndarray, path: pathlib.Path) -> None:

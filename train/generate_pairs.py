@@ -5,10 +5,12 @@
 
 Z_0 is drawn, Z_1 is where the flow (of the averaged parameters) takes it; with --from_data the
 training images are Z_1, and Z_0 is where the flow backwards takes them. A shard is renamed when it
-is whole: after an interruption the same command makes those that are missing. Pair i is a function
-of the seed and i: noise that nothing else shares, classes in turn. Train on the result with
-``--config.data.pairs=DIR``; the pairs know their teacher, and a run on them starts from it
-(``--config.init_from``) or names it (``--config.data.teacher``).
+is whole: after an interruption the same command makes those that are missing. Pair i begins at what
+the seed and i decide (noise that samples and analyses do not use, or the i-th training image in
+the seed's order; classes in turn), and a solver with fixed steps takes it to the same end whatever
+is solved beside it. Train on the result with ``--config.data.pairs=DIR``; the pairs know their
+teacher, which the run's ``data.teacher``, ``objective.teacher`` or ``init_from`` (the first that is
+set) must be.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from .data.pairs import Pair, PairsPlan, write
 from .tasks.flow import Flow, flow_of
 
 logger = logging.getLogger("scanax")
+PAIRS = 0x70616972  # folded into the seed, which samples and analyses have too
 
 
 def define_flags() -> None:
@@ -64,22 +67,29 @@ def main() -> None:
         solver=text,
         seed=given.seed,
         batch_size=given.batch_size,
-        shape=flow.data.shape,
+        shape=flow.shape,
+        num_classes=flow.model.num_classes,
         number=given.num,
         per_shard=given.per_shard,
         from_data=given.from_data,
     )
-    made = write(plan, pathlib.Path(given.out), maker(flow, run.params, plan))
+    make = maker(flow, run.params, plan)
+    made = write(plan, pathlib.Path(given.out), make)
     logger.info("%s of %s pairs made now, in %s", f"{made:,}", f"{given.num:,}", given.out)
 
 
 def maker(flow: Flow, params: Any, plan: PairsPlan) -> Callable[[np.ndarray], Iterator[Pair]]:
     """A function from numbers of pairs to the pairs.
 
-    Raises, when it is called:
-      ConfigError: if the solver does not reach its tolerance.
+    Raises:
+      ConfigError: if there are fewer images to begin at than pairs; when the function is called, if
+        the solver does not reach its tolerance.
     """
-    key, batch_size = jax.random.key(plan.seed), plan.batch_size
+    found = flow.data.available(training=True, starts=not plan.from_data)
+    if plan.number > found:
+        raise ConfigError(f"--num {plan.number}: there are {found} training images to begin at")
+    key = jax.random.fold_in(jax.random.key(plan.seed), PAIRS)
+    batch_size = plan.batch_size
 
     def make(numbers: np.ndarray) -> Iterator[Pair]:
         parts = range(0, len(numbers), batch_size)
@@ -87,10 +97,11 @@ def maker(flow: Flow, params: Any, plan: PairsPlan) -> Callable[[np.ndarray], It
             some = numbers[first : first + batch_size]
             # Filled up to one size: the solver is compiled once.
             padded = np.concatenate([some, np.repeat(some[-1:], batch_size - len(some))])
-            x, labels_B, keys_B = flow.starts(padded, key)
+            x, labels_B, keys_B = flow.starts(padded, key, training=True)
             if plan.from_data:
                 ends, labels = flow.data.ends(padded, training=True)
-                x, labels_B = jnp.asarray(ends), jnp.asarray(labels)
+                x = jnp.asarray(ends)
+                labels_B = jnp.asarray(labels if plan.num_classes else 0 * labels)
             solution = flow.solve(params, x, labels_B, plan.solver, keys_B)
             if not np.asarray(solution.reached).all():
                 raise ConfigError(

@@ -79,6 +79,8 @@ def train(
     found = starting_params(config, workdir, shapes, shardings)
     given = put_given(task, mesh)
     data = task.train_data(jax.process_index(), jax.process_count())
+    if not begun(workdir):
+        task.begin()
 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
@@ -209,7 +211,7 @@ def starting_params(
     Raises:
       CheckpointError: if there are none, or they are another model's.
     """
-    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):
+    if not config.init_from or begun(workdir):
         return None
     try:
         source = Checkpoints(pathlib.Path(config.init_from))
@@ -219,6 +221,11 @@ def starting_params(
         raise CheckpointError(f"config.init_from: {error}") from error
     logger.info("starting from the parameters of %s, step %d", config.init_from, found.step)
     return found.value
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether a step was saved, whole or damaged since; what a killed save left does not count."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def put_given(task: Task, mesh: jax.sharding.Mesh) -> Any:

@@ -66,6 +66,8 @@ class Task:
         array (a curve).
       frozen: regular expressions; parameters in whose path one is found are never updated.
       settle: (extra) -> extra, once an update, when all its microbatches are through.
+      begin: () -> None, host side, when a run begins and not when it continues; raises a
+        ConfigError if what it is to begin with does not fit.
       given: () -> arrays that ``loss`` finds under "given" in ``extra`` and that are neither
         changed nor saved: read anew, host side, whenever a run starts or continues.
       derive: (totals, means) -> further means of an evaluation: totals are the sums and weights
@@ -98,6 +100,7 @@ class Task:
     eval_data: Callable[[int], Mapping[str, Any] | None]
     frozen: tuple[str, ...] = ()
     settle: Callable[[Any], Any] = lambda extra: extra
+    begin: Callable[[], None] = lambda: None
     given: Callable[[], Any] = dict
     derive: Callable[..., Mapping[str, np.ndarray]] = lambda totals, means: {}
     sample: Callable[..., Any] | None = None

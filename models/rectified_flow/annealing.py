@@ -42,7 +42,7 @@ class Annealing:
             raise ValueError(f"annealing takes a positive number of steps, got {self.value}")
 
     def beta(self, step: jax.Array) -> jax.Array:
-        """beta before training step ``step`` (0 is the first): [] float32, or wider as step is."""
+        """beta in training step ``step``, from 0 on, as many as have been: [] float32 or wider."""
         k = path.wide(jnp.asarray(step))
         part = jnp.minimum(1, k / self.value)
         if self.schedule == "linear":

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import path
+from .times import EPS_BOTH
 
 SIGMA_DATA = 0.5
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al. 2022, table 1
@@ -63,20 +65,31 @@ def edm_velocity(
 
       v = (sigma_data^2 t - (1 - t)) / q  x + sigma_data / sqrt(q)  F(x / sqrt(q), c_noise),
 
-    which neither divides by zero nor subtracts nearly equal numbers at either end.
+    which neither divides by zero nor subtracts nearly equal numbers at either end. Exactly at t = 0
+    it is -X_0 + sigma_data F(X_0), at t = 1 it is X_1 + F(X_1 / sigma_data).
 
     Args:
-      network: F, of its scaled input and c_noise [B] = ln(sigma) / 4.
+      network: F, of its scaled input and :func:`edm_label` [B].
       x: [B, ...].
-      t_B: [B] in (0, 1): c_noise is infinite at the ends.
+      t_B: [B] in [0, 1].
     """
     x = path.wide(x)
+    label_B = edm_label(t_B)
     t_B = t_B.astype(x.dtype)
     q_B = jnp.square(1 - t_B) + jnp.square(sigma_data * t_B)
     scale = path.along(jax.lax.rsqrt(q_B), x)
-    c_noise_B = (jnp.log1p(-t_B) - jnp.log(t_B)) / 4
     skip = path.along((sigma_data**2 * t_B - (1 - t_B)) / q_B, x)
-    return skip * x + sigma_data * scale * network(scale * x, c_noise_B).astype(x.dtype)
+    return skip * x + sigma_data * scale * network(scale * x, label_B).astype(x.dtype)
+
+
+def edm_label(t_B: jax.Array) -> jax.Array:
+    """c_noise = ln(sigma) / 4: [B], in t's dtype.
+
+    It is infinite at both ends: t is held within [1e-5, 1 - 1e-5], the published training's.
+    """
+    eps = float(np.float32(EPS_BOTH))  # which is a little less
+    t_B = jnp.clip(t_B, eps, 1 - eps)
+    return (jnp.log1p(-t_B) - jnp.log(t_B)) / 4
 
 
 def velocity_of_denoised(denoised: jax.Array, x: jax.Array, t_B: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from . import losses, path
 from .perceptual import Distance
 from .solvers import Velocity
+from .times import EPS
 
-EPS = 1e-3
 LEGS = (0.2, 0.8)  # s of flow-guided distillation is uniform between these
 FIRST = ("student", "teacher")
 
@@ -45,6 +45,7 @@ def two_step_loss(
     distance: Distance | None = None,
     *,
     first: str = "student",
+    huber_c: float | str = "d",
     eps: float = EPS,
 ) -> jax.Array:
     """One step of the student against two steps without data (Zhu, Liu and Liu 2024, section 4.2).
@@ -64,6 +65,7 @@ def two_step_loss(
       s_B: [B] where the first leg ends, uniform in LEGS as published.
       distance: for names with "lpips".
       first: "student" or "teacher".
+      huber_c: for losses with "huber", as in ``losses.per_example``.
       eps: the time that stands for 0.
 
     Returns:
@@ -72,7 +74,7 @@ def two_step_loss(
     Raises:
       ValueError: for an unknown name or first leg, a missing distance, or shapes that do not fit.
     """
-    losses.check(name, distance)
+    losses.check(name, distance, huber_c)
     if first not in FIRST:
         raise ValueError(f"first must be 'student' or 'teacher', got {first!r}")
     xi = path.wide(xi)
@@ -81,4 +83,4 @@ def two_step_loss(
     leg = v if first == "student" else teacher(xi, eps_B)
     y = xi + s * leg.astype(xi.dtype)
     end = jax.lax.stop_gradient(path.predicted_data(y, teacher(y, s_B), s_B))
-    return losses.per_example(name, v, xi, eps_B, xi, end, distance)
+    return losses.per_example(name, v, xi, eps_B, xi, end, distance, huber_c=huber_c)

@@ -68,14 +68,20 @@ def toy_mixtures(distance: float = 10.0, variance: float = 0.3) -> tuple[Mixture
 
     Three components each, at the corners of two triangles that look at each other.
     """
-    side = distance * np.sqrt(3) / 2
-    corners = np.array([[side, distance / 2], [-side, distance / 2], [0, -side]])
     mixture = lambda mean_KD: Mixture(
         jnp.full(3, 1 / 3, jnp.float32),
         jnp.asarray(mean_KD, jnp.float32),
         jnp.asarray(np.tile(variance * np.eye(2), (3, 1, 1)), jnp.float32),
     )
-    return mixture(corners), mixture(corners * [1, -1])
+    start_KD, end_KD = toy_means(distance)
+    return mixture(start_KD), mixture(end_KD)
+
+
+def toy_means(distance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the components of both mixtures of :func:`toy_mixtures` lie: [3, 2] float64 each."""
+    side = distance * 3**0.5 / 2
+    start_KD = np.asarray([[side, distance / 2], [-side, distance / 2], [0.0, -side]])
+    return start_KD, start_KD * np.asarray([[1.0, -1.0]])
 
 
 def empirical_velocity(images: jax.Array, x: jax.Array, t_B: jax.Array) -> jax.Array:

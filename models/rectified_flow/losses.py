@@ -19,9 +19,11 @@ way; Zhu, Liu and Liu 2024):
   distill_lpips_l2   P(X_0 + v, X_1) + r^2 / d
   distill_lpips_l1   P(X_0 + v, X_1) + sum |R| / d
 
-The first four have the conditional mean as their minimum (l1 and root_l2 a median) and suit any
-pairs. What compares X1hat with X_1 presumes that X_1 is (nearly) a function of X_t: pairs that a
-flow has made. The distill_* losses are of one step from the noise, though v is asked at X_eps.
+l2 and half_sum have the conditional mean of X_1 - X_0 as their minimum, and only with that does a
+flow keep the marginals of independent pairs. All others have another one (l1 a median, root_l2 a
+geometric one, huber one between that and the mean, P its own) and presume that X_1 is (nearly) a
+function of X_t, where all minima agree: pairs that a flow has made. The distill_* losses are of one
+step from the noise, though v is asked at X_eps.
 """
 
 from collections.abc import Callable

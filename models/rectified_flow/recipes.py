@@ -39,9 +39,8 @@ from typing import NamedTuple
 
 from .diffusion import edm_sigmas
 from .solvers import Solver
+from .times import EPS, EPS_BOTH
 
-EPS = 1e-3
-EPS_RFPP = 1e-5
 TOLERANCE = 1e-5
 
 
@@ -111,8 +110,8 @@ def _rf_invert_euler(steps):
 
 def _rfpp(method: str, rule: str):
     def make(number):
-        grid = even_grid(_rfpp_steps(method, number), EPS_RFPP, 1.0)
-        return Solver(method, grid, rule, input_scale=1 - EPS_RFPP)
+        grid = even_grid(_rfpp_steps(method, number), EPS_BOTH, 1.0)
+        return Solver(method, grid, rule, input_scale=1 - EPS_BOTH)
 
     return make
 

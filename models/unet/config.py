@@ -144,7 +144,7 @@ class EDMConfig(UNetConfig):
 
     Attributes:
       parameterisation: "velocity": the network's output at the label 999 t; "edm": the velocity
-        of EDM's denoiser, in which the network is one part (see ``preconditioning``).
+        of EDM's denoiser, in which the network is one part (see ``edm_velocity``).
       sigma_data: standard deviation of the data; for "edm".
       num_classes: of the condition; 0 for none. One more label stands for "no class".
       augment_dim: length of the augmentation's description; 0 for none. It is 0 but in training.

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ..rectified_flow.diffusion import edm_velocity
 from .blocks import Residual, Style
 from .config import CHANNELS_PER_HEAD, DhariwalUNetConfig, SongUNetConfig
 from .edm_embedding import ADMEmbedding, SongEmbedding
 from .layers import Conv, GroupNorm, Init, block_keys, check_images
 from .ncsnpp import LABEL_SCALE
-from .preconditioning import velocity
 from .resample import NEAREST, smooth
 
 
@@ -34,7 +34,7 @@ class EDMUNet(nn.Module):
 
         Args:
           x_BHWC: [B, H, W, C] images at time t; H and W are ``image_size``.
-          t_B: [B] times in [0, 1]; ``preconditioning`` tells what happens at both ends.
+          t_B: [B] times in [0, 1]; ``edm_velocity`` tells what happens at both ends.
           label_B: [B] int classes, ``num_classes`` for "no class"; None for "no class" in all rows.
           keys: [B] PRNG keys of the dropout, one per row; None (evaluation) drops nothing.
 
@@ -53,7 +53,7 @@ class EDMUNet(nn.Module):
         network = lambda x, noise_B: self.raw(x, noise_B, class_BK, keys=keys)
         if c.parameterisation == "velocity":
             return network(x_BHWC, LABEL_SCALE * t_B)
-        return velocity(network, x_BHWC, t_B, c.sigma_data)
+        return edm_velocity(network, x_BHWC, t_B, c.sigma_data)
 
     @nn.compact
     def raw(self, x_BHWC, noise_B, class_BK=None, augment_BA=None, keys=None) -> jax.Array:

@@ -138,6 +138,17 @@ def test_flow_guided_distillation(check, jit):
     assert compared == 8
 
 
+def test_two_steps_have_the_huber_constant_of_the_pairs():
+    """c beyond any residual makes it r^2 / (2 c d)."""
+    still = lambda x, t: 0 * x
+    one = lambda x, t: jnp.ones_like(x)
+    loss = lambda c: distillation.two_step_loss(
+        "huber", still, one, jnp.zeros((1, 4)), jnp.asarray([0.5]), huber_c=c
+    )
+    np.testing.assert_allclose(loss(1e3), 4 * 0.5**2 / (2 * 1e3 * 4), rtol=1e-5)
+    np.testing.assert_allclose(loss(1e-6), 1 / 4, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

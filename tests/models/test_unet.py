@@ -12,10 +12,10 @@ import pytest
 
 from scanax.models import params as params_lib
 from scanax.models.layers import dropout
+from scanax.models.rectified_flow.diffusion import edm_label, edm_velocity
 from scanax.models.unet import EDMUNet, NCSNpp, NCSNppConfig, preset
 from scanax.models.unet.edm_embedding import ADMEmbedding, SongEmbedding
 from scanax.models.unet.layers import Init
-from scanax.models.unet.preconditioning import noise_label, velocity
 from scanax.train.mesh import MeshConfig, make_mesh, param_shardings
 
 COUNTS = [
@@ -252,7 +252,7 @@ def test_preconditioned_velocity(jit):
     """(D - x) / (1 - t) with EDM's denoiser D (Karras et al. 2022, equation 7), and both ends."""
     network = lambda x, noise_B: jnp.sin(3 * x) + noise_B[:, None, None, None] * x
     rng, sigma_data = np.random.default_rng(0), 0.5
-    run = jit(lambda x, t_B: velocity(network, x, t_B, sigma_data))
+    run = jit(lambda x, t_B: edm_velocity(network, x, t_B, sigma_data))
     t = np.asarray([1e-4, 0.01, 0.3, 0.5, 0.8, 0.99, 1 - 1e-4])
     x = rng.standard_normal((len(t), 2, 2, 3))
     t_B, x32 = t[:, None, None, None], jnp.asarray(x, jnp.float32)
@@ -273,7 +273,7 @@ def test_preconditioned_velocity(jit):
         x[1] + np.sin(6 * x[1]) - label * 2 * x[1],
     ]
     np.testing.assert_allclose(ends, want, 2e-3, 2e-3)
-    assert abs(noise_label(jnp.asarray([0.5]))[0]) < 1e-7
+    assert abs(edm_label(jnp.asarray([0.5]))[0]) < 1e-7
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,9 @@ def test_recipes_of_2_rfpp(files, data):
     model = build(family[config.family], config.model, "model")
     build(ObjectiveConfig, config.objective, "objective")
     build(SamplerConfig, config.sampler, "sampler")
-    build(FlowImageConfig, config.data, "data")
+    images = build(FlowImageConfig, config.data, "data")
+    assert images.in_memory or images.eval_split  # none can be held out of what is read as needed
+    assert bool(images.label_key) == (data != "ffhq64")
     assert model == unet.preset(flow_rfpp.RECIPES[data][0])
 
 

@@ -3,17 +3,14 @@
 import dataclasses
 import json
 
+from flow_runs import digits, first_loss, make, toy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from stepping import train
 
-from scanax.configs import base, flow_toy
-from scanax.models.rectified_flow import path
-from scanax.train import loop, optimizer as optimizer_lib, run as run_lib, state as state_lib, tasks
-from scanax.train.checkpoint import CheckpointError, Checkpoints
-from scanax.train.checksum import tree_checksums
+from scanax.train import optimizer as optimizer_lib, run as run_lib
 from scanax.train.config import ConfigError, from_dict, replaced
 from scanax.train.data.pipeline import DataError
 from scanax.train.tasks.flow import flow_of
@@ -25,49 +22,6 @@ def standard_promotion():
     """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def toy(**changes):
-    """A small run of points; ``changes`` by dotted key."""
-    config = flow_toy.get_config()
-    small = {
-        "num_steps": 4,
-        "batch_size": 16,
-        "model.hidden_size": 8,
-        "evaluation.batches": 1,
-        "evaluation.batch_size": 16,
-        "evaluation.samples": 0,
-        "optimizer.ema_decay": 0.9,
-        "sampler.recipe": "euler:4",
-        "mesh.data": 1,
-    }
-    config.update_from_flattened_dict({**small, **changes})
-    return config
-
-
-def digits(**changes):
-    """A small run of 8 x 8 digits with classes."""
-    config = base.get_config("rectified_flow", "dit")
-    small = {
-        "num_steps": 2,
-        "batch_size": 8,
-        "model.hidden_size": 16,
-        "model.num_hidden_layers": 1,
-        "model.num_heads": 2,
-        "model.patch_size": (4, 4),
-        "model.num_classes": 10,
-        "data.channels": 1,
-        "evaluation.batches": 1,
-        "evaluation.batch_size": 8,
-        "evaluation.samples": 4,
-        "sampler.recipe": "rf_euler:2",
-        "sampler.invert": "rf_invert_euler:2",
-        "sampler.features": "pixels",
-        "sampler.recipes": ("rf_euler:1", "rf_rk45:1e-1"),
-        "mesh.data": 1,
-    }
-    config.update_from_flattened_dict({**small, **changes})
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +38,6 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "run"
     run_lib.train(digits(), folder)
     return folder, run_lib.load(folder)
-
-
-def make(config):
-    config = from_dict(config.to_dict())
-    return config, tasks.build(config)
-
-
-def first_loss(config):
-    """Loss per example of the first batch, the parameters, batch and keys."""
-    frozen, task = make(config)
-    params, extra = task.init(jax.random.key(3))
-    extra = {**extra, **({"given": task.given()} if task.given() else {})}
-    batch = {name: jnp.asarray(x) for name, x in next(task.train_data(0, 1)).items()}
-    keys = jax.random.split(jax.random.key(4), frozen.batch_size)
-    total, aux = task.loss(params, extra, batch, keys)
-    return total / aux.weight, params, batch, keys, aux
 
 
 def test_loss_is_that_of_the_velocity_on_the_path():
@@ -122,73 +60,43 @@ def test_losses_do_not_depend_on_accumulation_or_mesh(kind, change):
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
-def test_run_starts_from_another_ones_parameters(teacher, tmp_path):
-    """From the parameters themselves, and the average starts there too."""
-    saved = Checkpoints(teacher).read_meta()[1]["arrays"]
-    config, task = make(toy(**{"init_from": str(teacher)}))
-    _, shardings = loop.place(task, config)
-    shapes = state_lib.shapes(task, config)
-    params = loop.starting_params(config, tmp_path, shapes, shardings)
-    assert tree_checksums(params) == {name: entry[2] for name, entry in saved["params"].items()}
-    assert saved["params"] != saved["ema"]
-    state, step = loop._start(task, config, shardings, None, params)
-    assert step == 0 and tree_checksums(state.ema) == tree_checksums(state.params)
-
-
-def test_start_from_another_model_is_refused(teacher, tmp_path):
-    config = toy(**{"init_from": str(teacher), "model.hidden_size": 12})
-    with pytest.raises(CheckpointError, match=r"init_from.*another params"):
-        run_lib.train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(CheckpointError, match=r"init_from.*holds no checkpoints"):
-        run_lib.train(toy(**{"init_from": str(tmp_path / "none")}), tmp_path / "run")
-
-
-def test_online_reflow_goes_where_the_teacher_goes(teacher):
-    """X_1 is the teacher's Euler end from X_0, by its averaged parameters."""
-    config = toy(
-        **{
-            "objective.teacher": str(teacher),
-            "objective.online_steps": 3,
-            "objective.times": "t0",
-        }
-    )
-    loss, params, batch, _, _ = first_loss(config)
-    run = run_lib.load(teacher)
-    flow = flow_of(run.config)
-    end = flow.solve(run.params, batch["x0"], batch["labels"], "rf_euler:3").x
-    t = jnp.full(16, 1e-3)
-    v = flow.velocity(params)(path.interpolate(batch["x0"], end, t), t)
-    np.testing.assert_allclose(loss, jnp.mean(jnp.square(v - (end - batch["x0"]))), rtol=1e-4)
-
-
-def test_teacher_is_neither_saved_nor_trained(teacher, tmp_path):
-    config = toy(**{"objective.teacher": str(teacher), "objective.guidance": 0.5})
-    run_lib.train(config, tmp_path / "run")
-    checkpoints = Checkpoints(tmp_path / "run")
-    assert "extra" not in checkpoints.read_meta()[1]["arrays"]
-    checkpoints.close()
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-    row = next(json.loads(line) for line in metrics.splitlines() if "two_step_loss" in line)
-    np.testing.assert_allclose(
-        row["loss"], row["pair_loss"] + 0.5 * row["two_step_loss"], rtol=1e-5
-    )
-
-
 def test_annealing_counts_updates():
     """beta is 1 at first, when the pairs' noise plays no part, and 0 after W updates."""
-    config = toy(**{"objective.annealing": "linear:4", "objective.times": "t0"})
+    config = digits(**{"objective.annealing": "linear:4", "objective.times": "t0"})
     frozen, task = make(config)
     state, _ = train(frozen, steps=3, task=task)
     assert int(state.extra["updates"]) == 3
     params, _ = task.init(jax.random.key(0))
-    batch = {name: jnp.asarray(x) for name, x in next(task.train_data(0, 1)).items()}
+    rng = np.random.default_rng(0)
+    batch = {n: jnp.asarray(rng.normal(size=(8, 8, 8, 1)), jnp.float32) for n in ("x0", "x1")}
+    batch["labels"] = jnp.zeros(8, jnp.int32)
     other = {**batch, "x0": batch["x0"] + 1}
-    keys = lambda: jax.random.split(jax.random.key(1), 16)
+    keys = lambda: jax.random.split(jax.random.key(1), 8)
     loss = lambda n, b: float(task.loss(params, {"updates": jnp.int32(n)}, b, keys())[0])
     assert loss(0, batch) == loss(0, other)
     assert loss(2, batch) != loss(2, other)
     assert loss(4, batch) == loss(9, batch) != loss(2, batch)
+
+
+def test_evaluation_is_weighted():
+    """As training is: a weight of (1 - t)^2 at t = 0.75 makes a sixteenth of the loss."""
+    params, found = make(toy())[1].init(jax.random.key(0))[0], []
+    for weight in ("uniform", "1mt"):
+        pinned = {"objective.times": "fixed:0.75", "objective.eps": 1e-6}
+        task = make(toy(**pinned, **{"objective.weight": weight}))[1]
+        keys = jax.random.split(jax.random.key(1), 16)
+        found.append(float(task.evaluate(params, {}, task.eval_data(0), keys)["loss"][0]))
+    np.testing.assert_allclose(found[1], found[0] / 16, rtol=1e-4)
+
+
+def test_solver_that_does_not_arrive_is_a_warning(teacher, caplog):
+    run = run_lib.load(teacher)
+    flow = flow_of(run.config)
+    x, labels, _ = flow.starts(np.arange(2), jax.random.key(0))
+    flow.solve(run.params, x, labels, "rk45:1e-1")
+    assert "tolerance" not in caplog.text
+    flow.solve(run.params, x, labels, "rk45:1e-12")
+    assert "rk45:1e-12 did not reach its tolerance for 2 of 2 samples" in caplog.text
 
 
 def test_pairs_are_mirrored_as_one():
@@ -310,27 +218,6 @@ def test_what_is_no_image_or_class_is_refused(images):
     assert np.any(chosen[0] != in_turn[0])
 
 
-def test_image_to_image(tmp_path, monkeypatch):
-    """From dark images to bright ones: pairs are drawn anew in every epoch."""
-    rng = np.random.default_rng(0)
-    for name, low in (("a", 0), ("b", 128)):
-        np.save(tmp_path / f"{name}.npy", rng.integers(low, low + 120, (40, 8, 8, 1), np.uint8))
-    monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
-    changes = {"data.source": "files", "data.path": "b.npy", "data.start_path": "a.npy"}
-    config = digits(**changes, **{"model.num_classes": 0, "num_steps": 1})
-    run_lib.train(config, tmp_path / "run")
-    run = run_lib.load(tmp_path / "run")
-    run.task.analyses["transfer"](run.params, run.extra, tmp_path / "run" / "eval" / "x", 4, 0)
-    data = run.task.train_data(0, 1)
-    seen = {}
-    for _ in range(12):
-        batch = next(data)
-        assert batch["x0"].max() < 0 < batch["x1"].min() + 0.01
-        for x0, x1 in zip(batch["x0"], batch["x1"], strict=True):
-            seen.setdefault(x1.tobytes(), set()).add(x0.tobytes())
-    assert max(len(partners) for partners in seen.values()) > 1
-
-
 def test_samplers_may_be_replaced(teacher):
     run = run_lib.load(teacher, sampler={"recipe": "euler:1"})
     assert run.config.sampler["recipe"] == "euler:1"
@@ -360,6 +247,12 @@ def test_samplers_may_be_replaced(teacher):
         ({"sampler.recipe": "rf_invert_euler:4"}, "goes to noise"),
         ({"sampler.invert": "rf_euler:4"}, "goes to data"),
         ({"data.variance": -1.0}, "data.variance must be positive"),
+        ({"objective.annealing": "linear:9"}, "start from noise"),
+        ({"objective.guidance": 1.0, "objective.teacher": "x"}, "start from noise"),
+        (
+            {"objective.online_steps": 2, "objective.teacher": "x", "data.pairs": "x"},
+            "reflow without pairs",
+        ),
     ],
 )
 def test_bad_configs_are_named(change, message):
@@ -371,14 +264,22 @@ def test_bad_configs_are_named(change, message):
     "change, message",
     [
         ({"model.num_classes": 4}, "smaller than the 10 classes"),
+        ({"objective.flip": "batch", "microbatches": 2}, "one coin for the batch"),
+        (
+            {
+                "objective.loss": "lpips_divt",
+                "objective.distance": "random_conv",
+                "objective.times": "t0t1",
+            },
+            "go up to t = 1",
+        ),
         ({"sampler.label": 10}, "one of the 10 classes"),
         ({"data.start_path": "x"}, "start_path needs data.source=files"),
         ({"data.pairs": "x", "data.flip": True}, "set data.flip to 0"),
         ({"data.mixup": 0.5}, "no mixing"),
-        ({"objective.distance": "lpips:none.npz", "objective.loss": "lpips"}, "none.npz"),
         ({"objective.distance": "lpips", "objective.loss": "lpips"}, "should be random_conv"),
     ],
 )
 def test_bad_configs_of_images_are_named(change, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        make(digits(**change))
+        make(digits(**change))[1].train_data(0, 1)

@@ -44,6 +44,7 @@ def plan(**changes) -> pairs_lib.PairsPlan:
         "seed": 0,
         "batch_size": 2,
         "shape": (3,),
+        "num_classes": 10,
         "number": 10,
         "per_shard": 4,
         "from_data": False,

@@ -16,8 +16,10 @@ import numpy as np
 from . import draws as draws_lib
 from .image_sources import ImageConfig, Images
 from .images import Augmented, ImageSet
-from .pairs import Pairs, check_pairs
-from .pipeline import Batch, Batches, DataError, Source, eval_batch, order
+from .pairs import Pairs
+from .pipeline import ENDLESS, Batch, Batches, DataError, Source, eval_batch, order
+
+_SHUFFLED = draws_lib.stream(0, "ends")  # files come sorted by class; a part of them must not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +28,12 @@ class FlowImageConfig(ImageConfig):
 
     Attributes:
       start_path: files: X_0 are the images here, read like those of ``path`` and paired with them
-        at random, instead of noise: image to image.
+        at random, instead of noise: image to image. Some of them are held out, by
+        ``eval_fraction``; they need no labels.
       pairs: folder of coupling pairs (``scanax.train.generate_pairs``) to train on; the images
-        are then what samples are compared with.
-      teacher: folder of the run that the pairs must come from; "" for the run's ``init_from``, or
-        ``objective.teacher``.
+        are then what samples are compared with, and those of ``start_path`` where samples begin.
+      teacher: folder of the run that the pairs must come from; "" for ``objective.teacher`` or,
+        without one, the run's ``init_from``. It is looked at when the run begins.
     """
 
     start_path: str
@@ -41,8 +44,6 @@ class FlowImageConfig(ImageConfig):
         super().__post_init__()
         if self.start_path and self.source != "files":
             raise ValueError("data.start_path needs data.source=files")
-        if self.start_path and self.pairs:
-            raise ValueError("data.pairs have both ends: leave data.start_path empty")
         if self.soft_targets or self.source == "moving_digits":
             raise ValueError("a flow is trained on single images: no mixing, no clips")
         if self.pairs and self.augments:
@@ -71,8 +72,14 @@ class FlowImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W, C)."""
-        return self._images.shape
+        """(H, W, C): the config's, or of the images where it leaves that to them."""
+        c = self.config
+        return (c.image_size, c.image_size, c.channels) if c.image_size else self._images.shape
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether X_0 is N(0, I)."""
+        return not self.config.start_path
 
     @property
     def num_classes(self) -> int:
@@ -80,22 +87,21 @@ class FlowImages:
 
     @functools.cached_property
     def pairs(self) -> Pairs | None:
-        """The pairs that are trained on.
-
-        Raises:
-          DataError: if their images have another shape than the data's, or labels it has not.
-        """
-        if not self.config.pairs:
-            return None
-        return check_pairs(Pairs(self.config.pairs, self.config.in_memory), self.shape)
+        """The pairs that are trained on."""
+        return Pairs(self.config.pairs, self.config.in_memory) if self.config.pairs else None
 
     @functools.cached_property
     def starts(self) -> ImageSet | None:
         """Images that a flow starts from."""
         if not self.config.start_path:
             return None
-        part = dataclasses.replace(self.config, path=self.config.start_path, start_path="")
-        starts = ImageSet(part)
+        c = self.config
+        # Nothing of the other images' files is theirs, nor is the noise of augmentation.
+        other = {"eval_path": "", "labels_path": "", "eval_labels_path": "", "label_key": ""}
+        seed = draws_lib.stream(c.seed, "start")
+        starts = ImageSet(
+            dataclasses.replace(c, path=c.start_path, start_path="", seed=seed, **other)
+        )
         if starts.shape != self.shape:
             raise DataError(
                 f"data.start_path has images {starts.shape}, data.path {self.shape}: set"
@@ -105,42 +111,49 @@ class FlowImages:
 
     def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches:
         c = self.config
-        source = self._source(training=True)
-        if self.pairs is not None:
-            source = self.pairs.split(c.eval_fraction)[0]
-        order = {"seed": c.seed, "threads": c.threads}
-        return Batches(source, batch_size, process_index, process_count, **order)
+        how = {"seed": c.seed, "threads": c.threads}
+        return Batches(self._source(True), batch_size, process_index, process_count, **how)
 
     def eval_batch(self, size: int, index: int) -> Batch | None:
-        source = self._source(training=False)
-        if self.pairs is not None:
-            source = self.pairs.split(self.config.eval_fraction)[1]
-        return eval_batch(source, size, index)
+        return eval_batch(self._source(False), size, index)
 
     def real(self, number: int, training: bool) -> np.ndarray:
-        """The first images of a part, at most ``number``: [N, H, W, C] uint8."""
+        """Images of a part, of all classes alike, at most ``number``: [N, H, W, C] uint8."""
         images = _part(self._images, training)
-        return images.take(np.arange(min(number, len(images))))[0]
+        numbers = np.arange(min(number, len(images)))
+        return images.take(order(len(images), _SHUFFLED, numbers))[0]
 
     def ends(self, numbers: np.ndarray, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """X_1 of these numbers, not augmented, and labels: [R, H, W, C] float32, [R] int32."""
-        source = self._plain(self._images, training)
-        batch = source.batch(numbers % len(source), numbers)
+        """X_1 of these numbers, not augmented, and labels: [R, H, W, C] float32, [R] int32.
+
+        In the order of ``real``, and again from its beginning when all have been.
+        """
+        batch = _plain(self._images, _SHUFFLED, numbers, training)
         return batch["images"], batch["labels"]
 
-    def start(self, numbers: np.ndarray, training: bool) -> np.ndarray | None:
-        """X_0 of these numbers, [R, H, W, C] float32; None where it is noise."""
+    def start(self, numbers: np.ndarray, seed: int, training: bool) -> np.ndarray | None:
+        """X_0 of these numbers, in the order of the seed: [R, H, W, C] float32; None for noise."""
         if self.starts is None:
             return None
-        source = self._plain(self.starts, training)
-        return source.batch(numbers % len(source), numbers)["images"]
+        return _plain(self.starts, seed, numbers, training)["images"]
+
+    def available(self, training: bool, starts: bool) -> int:
+        """How many different X_0, or X_1, there are of a part."""
+        if not starts:
+            return len(_part(self._images, training))
+        return ENDLESS if self.starts is None else len(_part(self.starts, training))
 
     def _source(self, training: bool) -> Source:
+        if self.pairs is not None:
+            return self.pairs.split(self.config.eval_fraction)[0 if training else 1]
         sets = [self._images] + ([] if self.starts is None else [self.starts])
         return _Ends([Augmented(_part(s, training), s.config, 0, training) for s in sets])
 
-    def _plain(self, images: ImageSet, training: bool) -> Augmented:
-        return Augmented(_part(images, training), images.config, 0, training=False)
+
+def _plain(images: ImageSet, seed: int, numbers: np.ndarray, training: bool) -> Batch:
+    """Images of a part by their numbers in the order of a seed, not augmented."""
+    source = Augmented(_part(images, training), images.config, 0, training=False)
+    return source.batch(order(len(source), seed, numbers), numbers)
 
 
 def _part(images: ImageSet, training: bool) -> Images:
@@ -169,6 +182,6 @@ class _Ends:
         batch = {"x1": found["images"], "labels": found["labels"]}
         if len(self._sources) > 1:
             start = self._sources[1]
-            others = order(len(start), draws_lib.stream(0, "start"), draws)
+            others = order(len(start), start.config.seed, draws)
             batch["x0"] = start.batch(others, draws)["images"]
         return batch

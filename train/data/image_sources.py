@@ -320,7 +320,8 @@ def _load(images: Images) -> InMemory:
 
 
 def _fit_all(images: np.ndarray, c: ImageConfig, name: str) -> np.ndarray:
-    if images.shape[-1] == c.channels and c.image_size in (0, images.shape[1]):
+    fits = not c.image_size or images.shape[1:3] == (c.image_size, c.image_size)
+    if fits and images.shape[-1] == c.channels:
         return images
     return np.stack([_fit(image, c, name) for image in images])
 

@@ -63,7 +63,7 @@ class Augmented:
     """
 
     def __init__(self, images: Images, config: ImageConfig, num_classes: int, training: bool):
-        self._images, self._config, self._training = images, config, training
+        self._images, self.config, self._training = images, config, training
         self._num_classes = num_classes
         self._seed = {
             name: draws_lib.stream(config.seed, name)
@@ -78,7 +78,7 @@ class Augmented:
         return len(self._images)
 
     def batch(self, records: np.ndarray, draws: np.ndarray) -> Batch:
-        c = self._config
+        c = self.config
         if not self._training:
             images, labels = self._images.take(records)
             noise = c.dequantise
@@ -105,7 +105,7 @@ class Augmented:
         return {"images": mixed, "labels": labels, "targets": targets}
 
     def _augmented(self, records: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        c, seed = self._config, self._seed
+        c, seed = self.config, self._seed
         images, labels = self._images.take(records)
         if c.resized_crop:
             size = images.shape[1]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ...models.rectified_flow.exact import toy_means
 from . import draws as draws_lib
-from .pairs import Pairs, check_pairs
+from .pairs import Pairs
 from .pipeline import ENDLESS, Batch, Batches, eval_batch
 
 
@@ -46,9 +47,7 @@ class MixtureConfig:
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the components of X_0 and of X_1: [K, 2] float64 each."""
-        far, near = self.distance * 3**0.5 / 2, self.distance / 2
-        start_K2 = np.asarray([[far, near], [-far, near], [0.0, -far]])
-        return start_K2, start_K2 * np.asarray([[1.0, -1.0]])
+        return toy_means(self.distance)
 
 
 class Mixtures:
@@ -98,13 +97,12 @@ class MixtureData:
 
     shape = (2,)
     num_classes = 0
+    from_noise = False
 
     @functools.cached_property
     def pairs(self) -> Pairs | None:
         """The pairs that are trained on."""
-        if not self.config.pairs:
-            return None
-        return check_pairs(Pairs(self.config.pairs, self.config.in_memory), self.shape)
+        return Pairs(self.config.pairs, self.config.in_memory) if self.config.pairs else None
 
     def train_batches(self, batch_size: int, process_index: int, process_count: int) -> Batches:
         c = self.config
@@ -123,9 +121,15 @@ class MixtureData:
         batch = self._batch(numbers, training)
         return batch["x1"], batch["labels"]
 
-    def start(self, numbers: np.ndarray, training: bool) -> np.ndarray:
-        """X_0 of these numbers, independent of their X_1: [R, 2] float32."""
-        return self._batch(numbers, training)["x0"]
+    def start(self, numbers: np.ndarray, seed: int, training: bool) -> np.ndarray:
+        """X_0 of these numbers and the seed: [R, 2] float32; no others are like them."""
+        del training
+        return Mixtures(self.config, draws_lib.stream(seed, "start")).batch(numbers, numbers)["x0"]
+
+    def available(self, training: bool, starts: bool) -> int:
+        """How many different X_0, or X_1, there are."""
+        del training, starts
+        return ENDLESS
 
     def _batch(self, numbers: np.ndarray, training: bool) -> Batch:
         return Mixtures(self.config, self.config.seed if training else -1).batch(numbers, numbers)

@@ -23,6 +23,7 @@ from .shards import claim, serialiser, shard_path, write_metadata, write_records
 
 NAME = "pairs"
 MANIFEST = "pairs.json"
+VERSION = 2  # 1 shared its starts with samples of the same seed, and its order with the files
 Pair = tuple[np.ndarray, np.ndarray, int, int]  # x0, x1, label, evaluations
 
 
@@ -38,9 +39,11 @@ class PairsPlan:
       batch_size: pairs that were solved at once; a solver with adaptive steps chooses them for all
         of these together.
       shape: of either end.
+      num_classes: of the teacher's condition; 0 for none, when all labels are 0.
       number: of pairs.
       per_shard: pairs in a file.
       from_data: the data's own images are Z_1 and were solved backwards to Z_0.
+      version: of the way from the seed and a number to a pair.
     """
 
     teacher: str
@@ -49,9 +52,11 @@ class PairsPlan:
     seed: int
     batch_size: int
     shape: tuple[int, ...]
+    num_classes: int
     number: int
     per_shard: int
     from_data: bool
+    version: int = VERSION
 
     @property
     def shards(self) -> int:
@@ -100,13 +105,18 @@ class Pairs:
       in_memory: read, and check, all of them at once; else whenever they are needed.
 
     Raises:
-      DataError: if there are no pairs, or their checksums do not hold.
+      DataError: if there are no pairs, another version made them, or their checksums or labels do
+        not hold.
     """
 
     def __init__(self, folder: str, in_memory: bool = True):
         self._folder = folder
         self._records = Records(NAME, folder, "train")
         self.metadata: Mapping[str, Any] = self._records.metadata
+        if self.metadata.get("version") != VERSION:
+            raise DataError(
+                f"the pairs in {folder} were made by another version of scanax: generate them again"
+            )
         self.identity = {**self._records.identity, "teacher": self.metadata["teacher"]}
         self._arrays = self._read(np.arange(len(self._records))) if in_memory else None
 
@@ -116,6 +126,11 @@ class Pairs:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.metadata["shape"])
+
+    @property
+    def num_classes(self) -> int:
+        """Of the teacher's condition; 0 for none."""
+        return self.metadata["num_classes"]
 
     def split(self, eval_fraction: float) -> tuple["PairsPart", "PairsPart"]:
         """Pairs to train on, and the last ones, to evaluate with."""
@@ -138,6 +153,11 @@ class Pairs:
                     f"pair {number} in {self._folder}: its ends do not belong together or are"
                     " damaged (checksum). Generate the pairs again; they must not be re-ordered"
                 )
+            if not 0 <= label < max(self.num_classes, 1):
+                raise DataError(
+                    f"pair {number} in {self._folder} has label {label}, and its teacher"
+                    f" {self.num_classes} classes: generate the pairs again"
+                )
         return {
             "x0": np.stack([r["x0"] for r in found]),
             "x1": np.stack([r["x1"] for r in found]),
@@ -159,14 +179,18 @@ class PairsPart:
         return self._pairs.batch(self._first + records, draws)
 
 
-def check_pairs(pairs: Pairs, shape: tuple[int, ...]) -> Pairs:
-    """The pairs; a DataError if they are not of this shape."""
+def check_pairs(pairs: Pairs, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises a DataError if pairs are not of this shape, or of other classes than a model has."""
     if pairs.shape != shape:
         raise DataError(
             f"data.pairs has ends of shape {pairs.shape}, the data {shape}: they are of another"
             " teacher's data"
         )
-    return pairs
+    if num_classes and pairs.num_classes != num_classes:
+        raise DataError(
+            f"data.pairs are of a teacher with {pairs.num_classes} classes, and model.num_classes"
+            f" is {num_classes}: their labels do not mean the same"
+        )
 
 
 def _records(numbers: np.ndarray, pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,8 @@ from ...models.rectified_flow.annealing import schedule as annealing
 FLIPS = ("none", "example", "batch")
 RESIZED = {"": None, "64": True, "224": False}  # to this size: whether corners are aligned
 
+_LAST = 1 - 2.0**-23  # of the uniform numbers that times are made of
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
@@ -22,16 +24,19 @@ class ObjectiveConfig:
       weight: over time, a name of ``losses.WEIGHTS``.
       huber_c: "d", "sqrt_d" or a number, see ``losses.per_example``.
       distance: perceptual, for losses with "lpips": "random_conv", or "lpips:FILE", "piq:FILE"
-        with weights that the user has; "" for none.
+        with weights that the user has, read when the loss is first computed; "" for none.
       distance_size: images are resized to this for it: "" as they are, "64" as SlimFlow does,
         corners aligned, or "224" as 2-RF++ does.
       annealing: share of fresh noise in the pairs' (``annealing.schedule``): "linear:300000";
         "none".
       flip: pairs are mirrored as one: "none", "example" or "batch", one coin for the batch.
       teacher: folder of a trained flow, for the two keys below; its averaged parameters are used.
+        A run goes on only with the parameters that it began with.
       online_steps: the data's X_1 are replaced by the teacher's, in so many Euler steps from X_0:
-        reflow without stored pairs; 0 for none.
+        reflow without stored pairs; 0 for none. Evaluation is of the data's own X_1.
       guidance: weight of the two-step term of flow-guided distillation; 0 for none.
+
+    Annealing and guidance draw fresh noise: X_0 must be N(0, I).
     """
 
     loss: str
@@ -48,7 +53,7 @@ class ObjectiveConfig:
     guidance: float
 
     def __post_init__(self):
-        time_density(self.times, self.eps or None)
+        density = time_density(self.times, self.eps or None)
         losses.weight(self.weight, jnp.zeros(1))
         if self.annealing != "none":
             annealing(self.annealing)
@@ -71,6 +76,18 @@ class ObjectiveConfig:
                 " lpips in its name needs a distance, the others none"
             )
         losses.check(self.loss, lambda x, y: x, self.c)
+        kind, _, file = self.distance.partition(":")
+        if self.distance not in ("", "random_conv") and not (kind in ("lpips", "piq") and file):
+            raise ValueError(
+                f"objective.distance={self.distance!r} should be random_conv, lpips:FILE or"
+                " piq:FILE"
+            )
+        latest = float(density.from_uniform(jnp.asarray([0.0, _LAST], jnp.float32)).max())
+        if self.loss.endswith("divt") and latest >= 1:
+            raise ValueError(
+                f"objective.loss={self.loss} divides by 1 - t, and objective.times={self.times}"
+                " go up to t = 1"
+            )
 
     @property
     def c(self) -> float | str:

@@ -20,11 +20,13 @@ class FlowModel(NamedTuple):
       config: of the model.
       module: (x [B, ...], t [B], label [B] or None, keys=[B] or None) -> velocities [B, ...].
       num_classes: of its condition; 0 for none. One more label stands for "no class".
+      shape: [H, W, C] of the images that it is for; None if it takes data of any.
     """
 
     config: Any
     module: nn.Module
     num_classes: int
+    shape: tuple[int, ...] | None
 
 
 IMAGES: Mapping[str, tuple[type, type[nn.Module]]] = {
@@ -37,21 +39,16 @@ IMAGES: Mapping[str, tuple[type, type[nn.Module]]] = {
 POINTS: Mapping[str, tuple[type, type[nn.Module]]] = {"mlp": (VelocityMLPConfig, VelocityMLP)}
 
 
-def flow_model(config: Config, shape: tuple[int, ...]) -> FlowModel:
-    """The model of a config, for data of this shape.
+def flow_model(config: Config) -> FlowModel:
+    """The model of a config.
 
     Raises:
-      ConfigError: if there is no such family, or the model is not one for this data.
+      ConfigError, ValueError: if the task has no such family, or the model is none for flows.
     """
-    kind, module = choose(config, IMAGES if len(shape) == 3 else POINTS)
+    kind, module = choose(config, IMAGES if config.task == "rectified_flow" else POINTS)
     model = build(kind, config.model, "model")
-    size, channels = getattr(model, "image_size", shape[0]), getattr(model, "channels", shape[-1])
-    if len(shape) == 3 and (size, size, channels) != shape:
-        raise ValueError(
-            f"the model is for images of {size} x {size} x {channels}, the data has"
-            f" {' x '.join(map(str, shape))}: set model.image_size, model.channels or"
-            " data.image_size, data.channels"
-        )
     if getattr(model, "learn_sigma", False):
         raise ValueError("model.learn_sigma is not for flows: a velocity has no variance")
-    return FlowModel(model, module(model), getattr(model, "num_classes", 0))
+    size = getattr(model, "image_size", 0)
+    shape = (size, size, model.channels) if size else None
+    return FlowModel(model, module(model), getattr(model, "num_classes", 0), shape)

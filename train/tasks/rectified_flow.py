@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models import params as params_lib
-from ...models.rectified_flow import distillation, time_density
+from ...models.rectified_flow import distillation, losses, time_density
 from .. import flow_analyses, flow_pictures
 from ..config import Config
 from ..data.pipeline import IGNORE, Batches
 from ..task import Curve, Task
 from .flow import Flow, example_inputs, flow_of, normal, split_keys
-from .flow_loss import UPDATES, Teacher, check_teacher, make_distance, make_loss
+from .flow_loss import UPDATES, Teacher, check_teacher, make_loss
 
 BINS = 10  # of time, in evaluation
 
@@ -62,16 +62,21 @@ def make_task(flow: Flow, render: Callable[[Any], Any], analyses: Mapping[str, A
     config, data, module = flow.config, flow.data, flow.model.module
     example = example_inputs(flow)
     teacher = Teacher(flow) if flow.objective.teacher else None
-    loss = make_loss(flow, teacher)
     anneals = flow.objective.annealing != "none"
 
     def init(key: jax.Array):
         extra = {UPDATES: jnp.zeros((), jnp.int32)} if anneals else {}
         return params_lib.initialise(module, key, *example), extra
 
-    def train_data(process_index: int, process_count: int) -> Batches:
+    def begin() -> None:
         check_teacher(config, data.pairs, flow.objective.teacher, data.config.teacher)
-        return data.train_batches(config.batch_size, process_index, process_count)
+
+    def train_data(process_index: int, process_count: int) -> Batches:
+        flow.check()
+        batches = data.train_batches(config.batch_size, process_index, process_count)
+        if teacher is not None:
+            batches.identity |= {"objective.teacher": teacher.fingerprint}
+        return batches
 
     def sample(params, extra, key, n: int):
         del extra
@@ -83,12 +88,13 @@ def make_task(flow: Flow, render: Callable[[Any], Any], analyses: Mapping[str, A
         eval_spec=_spec(flow, config.evaluation.batch_size),
         param_axes=params_lib.logical_axes(module, *example),
         init=init,
-        loss=loss,
+        loss=make_loss(flow, teacher),
         evaluate=functools.partial(_evaluate, flow),
         train_data=train_data,
         eval_data=functools.partial(data.eval_batch, config.evaluation.batch_size),
         settle=lambda extra: {n: x + 1 if n == UPDATES else x for n, x in extra.items()},
-        given=(lambda: {}) if teacher is None else teacher.params,
+        begin=begin,
+        given=lambda: {} if teacher is None else teacher.params,
         sample=sample,
         render=render,
         curve=Curve(
@@ -103,7 +109,11 @@ def make_task(flow: Flow, render: Callable[[Any], Any], analyses: Mapping[str, A
 
 
 def _evaluate(flow: Flow, params, extra, batch, keys_B):
-    """The loss of pairs, and the same in bins of time."""
+    """The weighted loss of pairs, and the same in bins of time.
+
+    Of the ends as the data, or the stored pairs, have them: annealing, mirroring, the ends and the
+    guidance of a teacher are training's alone.
+    """
     del extra
     o = flow.objective
     noise, time = split_keys(keys_B, 2)
@@ -111,8 +121,8 @@ def _evaluate(flow: Flow, params, extra, batch, keys_B):
     x0 = batch["x0"] if "x0" in batch else normal(noise, x1.shape[1:])
     t_B = time_density(o.times, o.eps or None).sample(time)
     v = flow.velocity(params, jnp.where(real_B, batch["labels"], 0))
-    loss_B = distillation.pair_loss(o.loss, v, x0, x1, t_B, make_distance(flow), huber_c=o.c)
-    loss_B = jnp.where(real_B, loss_B, 0.0)
+    loss_B = distillation.pair_loss(o.loss, v, x0, x1, t_B, flow.distance, huber_c=o.c)
+    loss_B = jnp.where(real_B, loss_B * losses.weight(o.weight, t_B), 0.0)
     bin_B = jnp.minimum((t_B * BINS).astype(jnp.int32), BINS - 1)
     where_BT = jax.nn.one_hot(bin_B, BINS) * real_B[:, None]
     return {
@@ -122,9 +132,8 @@ def _evaluate(flow: Flow, params, extra, batch, keys_B):
 
 
 def _spec(flow: Flow, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    end = jax.ShapeDtypeStruct((rows, *flow.data.shape), jnp.float32)
+    end = jax.ShapeDtypeStruct((rows, *flow.shape), jnp.float32)
     spec = {"x1": end, "labels": jax.ShapeDtypeStruct((rows,), jnp.int32)}
-    c = flow.data.config
-    if c.pairs or getattr(c, "start_path", "points"):
+    if flow.data.config.pairs or not flow.data.from_noise:
         spec["x0"] = end
     return spec
