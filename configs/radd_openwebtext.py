@@ -6,11 +6,11 @@
       --config.data.data_dir=DATA --config.data.tokenizer=GPT2
 
 SIZE is small (162,265,682 parameters) or medium (405,191,762); GPT2 is a folder with GPT-2's
-vocabulary. 400,000 steps of 512 rows at a constant rate after the warmup; the published weight
-decay is 0.03 in the paper and 0 in its configuration, and applies to all parameters. Perplexities
-are then
+vocabulary. For eight GPUs: four rows at a time on each. 400,000 steps of 512 rows at a constant
+rate after the warmup; the published weight decay is 0.03 in the paper and 0 in its configuration,
+and applies to all parameters. Perplexities are then
 
-  python -m scanax.train.evaluate --workdir runs/radd --analysis likelihood
+  python -m scanax.train.evaluate --workdir runs/radd --analysis likelihood --rows 1000
 
 Not trained here. Published weights: python -m scanax.models.interop --from DOWNLOAD --to runs/radd
 --config configs/radd_openwebtext.py:small.
@@ -24,6 +24,7 @@ def get_config(size: str = "small"):
     config = base.get_config("masked_diffusion", "radd")
     config.num_steps = 400_000
     config.batch_size = 512
+    config.microbatches = 16
     config.model.update(SIZES[size])
     config.model.dtype = "bfloat16"
     config.model.remat = True

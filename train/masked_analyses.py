@@ -22,6 +22,7 @@ from .data.pipeline import IGNORE
 from .data.text import Corpus, TextConfig
 
 SEED = 20_000
+AT_ONCE = 8  # samples that are scored together
 
 
 def likelihood(
@@ -40,15 +41,16 @@ def likelihood(
     """Perplexity by ``draws`` independent draws of the run's loss for every row,
     as published, and by as many of stratified sizes; with the standard errors of both.
 
-    The error over draws is that of the estimate for these rows, the other that of the rows.
-    Draws of lambda_dce have no variance: do not trust its error.
+    The error over draws is that of the estimate for these rows, the other that of the rows, null
+    for a single one. The variance of lambda_dce is infinite: do not trust its error over draws.
     """
     del extra, unused_length
     found = {}
     for name, which in (("published", loss), ("stratified", radd.Loss("k_dce"))):
-        published_k = name == "published" and loss.name == "k_dce"
         compute = jax.jit(
-            lambda params, batch, keys, which=which: estimates(params, batch, keys, which, draws)
+            lambda params, batch, keys, which=which, name=name: estimates(
+                params, batch, keys, which, draws, stratified=name == "stratified"
+            )
         )
         means, variances, index = [], [], 0
         while (batch := eval_batch(size, index)) is not None and (not rows or len(means) < rows):
@@ -61,13 +63,16 @@ def likelihood(
         nats_R = np.asarray(means[: rows or None]) / length
         over_draws = math.sqrt(np.mean(variances[: rows or None]) / draws / len(nats_R)) / length
         found[name] = {
-            "loss": which.name + (" (stratified)" if name == "stratified" or published_k else ""),
+            "loss": which.name + (" (stratified)" if name == "stratified" else ""),
             "nats_per_token": float(nats_R.mean()),
             "perplexity": float(np.exp(nats_R.mean())),
             "bits_per_token": float(nats_R.mean() / math.log(2)),
             "standard_error_draws_at_most": over_draws,
-            "standard_error_rows": float(nats_R.std(ddof=1) / len(nats_R) ** 0.5),
+            "standard_error_rows": None,
         }
+        if len(nats_R) > 1:
+            error = nats_R.std(ddof=1) / len(nats_R) ** 0.5
+            found[name]["standard_error_rows"] = float(error)
         found[name] |= {"draws": draws, "rows": len(nats_R), "tokens_per_row": length}
     return _write(found, folder / "likelihood.json")
 
@@ -86,9 +91,9 @@ def generative_perplexity(
 
     tokens: the mean over samples of exp(nats per token), of the sampled tokens themselves, the
     first not scored (Ou et al. 2025); only for a scorer of the same tokenizer. text: exp of the
-    mean over all tokens of the samples as text, tokenised anew, up to a sample's first end of
-    document (Sahoo et al. 2024). Beside it the unigram entropy of a sample in nats, since samples
-    that repeat themselves score well.
+    mean over all tokens of the samples as text, tokenised anew, before a sample's first end of
+    document, in one row however long (after Sahoo et al. 2024). Beside it the unigram entropy of a
+    sample in nats, since samples that repeat themselves score well.
     """
     from .run import load  # which builds tasks
 
@@ -107,12 +112,15 @@ def generative_perplexity(
         place_T = jnp.arange(ids_T.shape[0] - 1, dtype=jnp.int32)
         labels_T = jnp.where(place_T + 1 < count, ids_T[1:], IGNORE)
         one = {"ids": ids_T[:-1], "labels": labels_T, "positions": place_T}
-        one["segments"] = jnp.zeros_like(place_T)
+        one["segments"] = (place_T < count).astype(jnp.int32)
         batch = jax.tree.map(lambda x: x[None], one)
         keys = jax.random.split(jax.random.key(0), 1)  # not used by language models
         return run.task.evaluate(params, extra, batch, keys)["loss"]
 
-    score = jax.jit(jax.vmap(row, (None, None, 0, 0)))
+    @jax.jit
+    def score(params, extra, ids_RT, counts_R):
+        each = lambda inputs: row(params, extra, *inputs)
+        return jax.lax.map(each, (ids_RT, counts_R), batch_size=AT_ONCE)
 
     def nats(rows_ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of each row, and its scored tokens."""

@@ -50,16 +50,24 @@ def main() -> None:
     prompts = [*PROMPT.value, *map(_read, PROMPT_FILE.value)]
     if not all(prompts):
         raise ConfigError("a prompt is empty; leave it out to begin a document")
-    try:
-        sampling = Sampling(
-            temperature=TEMPERATURE.value,
-            top_k=TOP_K.value,
-            top_p=TOP_P.value,
-            min_p=MIN_P.value,
-            repetition_penalty=PENALTY.value,
+    if not all(STOP.value):
+        raise ConfigError("--stop is empty: give a text, or leave it out")
+    if INFILL.value and options:
+        raise ConfigError(
+            f"--infill does not go with --{options[0]}: set how tokens are drawn with --sampler"
         )
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from error
+    sampling = None  # what is the task's own
+    if any(flags.FLAGS[f.name].present for f in _SAMPLING):
+        try:
+            sampling = Sampling(
+                temperature=TEMPERATURE.value,
+                top_k=TOP_K.value,
+                top_p=TOP_P.value,
+                min_p=MIN_P.value,
+                repetition_penalty=PENALTY.value,
+            )
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
     run = run_lib.load(workdir, STEP.value, sampler=flags_lib.sampler())
     if run.task.sample is None:
         raise ConfigError(f"task {run.config.task} has nothing to sample")
@@ -130,8 +138,8 @@ def _read(path: str) -> str:
         raise ConfigError(f"--prompt_file {path} cannot be read: {error}") from error
 
 
-_GENERATION = (PROMPT, PROMPT_FILE, MAX_TOKENS, STOP, IGNORE_END)
-_GENERATION += (TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
+_SAMPLING = (TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY)
+_GENERATION = (PROMPT, PROMPT_FILE, MAX_TOKENS, STOP, IGNORE_END, *_SAMPLING)
 
 if __name__ == "__main__":
     flags_lib.launch(main)

@@ -14,7 +14,7 @@ class RADDConfig:
     """A bidirectional transformer that is not told the time.
 
     Attributes:
-      vocab_size: tokens and, behind them, the mask.
+      vocab_size: tokens and, behind them, the mask; not more, since the mask is the last.
       hidden_size: a multiple of twice num_heads (rotary positions turn pairs of channels).
       num_hidden_layers: blocks.
       num_heads: of the attention.

@@ -140,6 +140,23 @@ def test_derived_figures():
     found = task.derive(totals, {name: a / b for name, (a, b) in totals.items()})
     assert found["perplexity"] == pytest.approx(math.exp(1.0))
     assert found["standard_error"] == pytest.approx(nats.std(ddof=1) / 3**0.5 / 12)
+    one = {name: (a / 3, b / 3) for name, (a, b) in totals.items()}
+    alone = task.derive(one, {name: a / b for name, (a, b) in one.items()})
+    assert np.isnan(alone["standard_error"])
+
+
+def test_a_schedule_that_does_not_mask_all_is_told(caplog):
+    with caplog.at_level("WARNING", "scanax"):
+        tasks.build(config(**{"objective.schedule": "geometric:0.001:1"}))
+    assert "masks only 63 % at time 1" in caplog.text
+
+
+def test_sampling_again_compiles_nothing():
+    task, params, extra = built()
+    task.sample(params, extra, jax.random.key(0), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(radd.events, "sample", None)  # what tracing would call
+        task.sample(params, extra, jax.random.key(1), 2)
 
 
 ORDERS = ("diffusion", "forward", "backward", "random", "first_hitting", "confidence", "entropy")
@@ -186,10 +203,15 @@ def test_prompts_are_continued(most):
 
 def test_gaps_are_filled():
     task, params, extra = built()
-    tokens, lengths = task.infill(params, extra, jax.random.key(0), ["1 [[3]]ba", "abba", "[[12]]"])
+    given = ["1 [[3]]ba", "abba[[0]]", "[[12]]", "a[[1]]b[[2]]"]
+    tokens, lengths = task.infill(params, extra, jax.random.key(0), given)
     texts = [task.decode(ids[:n]) for ids, n in zip(tokens, lengths, strict=True)]
-    assert lengths == [7, 4, 12]
+    assert lengths == [7, 4, 12, 5]
     assert texts[0].startswith("1 ") and texts[0].endswith("ba") and texts[1] == "abba"
+    assert texts[3][0] == "a" and texts[3][2] == "b"
+    mask = radd_vocabulary(params)
+    for ids, n in zip(tokens, lengths, strict=True):
+        assert ids[:n].max() < mask and (ids[n:] == mask).all()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +219,8 @@ def test_gaps_are_filled():
     [
         (lambda t, p: complete(t, p, ["ab" * 6]), "12 tokens and leaves no room in the context"),
         (lambda t, p: t.infill(p, {}, jax.random.key(0), ["a[[12]]"]), "13 tokens with its gaps"),
+        (lambda t, p: t.infill(p, {}, jax.random.key(0), ["[[99999999999]]"]), "99999999999 tok"),
+        (lambda t, p: t.infill(p, {}, jax.random.key(0), ["a[[ 3 ]]"]), "text 0 has no gap"),
         (lambda t, p: complete(t, p, ["aß"]), "no token for 'ß'"),
     ],
 )
@@ -256,6 +280,8 @@ def test_analyses_of_a_run(tmp_path):
         run_lib.train(values(**changes), tmp_path / "radd")
         scorer = values("lightnet", "language_model", **changes, **causal)
         run_lib.train(scorer, tmp_path / "scorer")
+        packed = {"data.layout": "packed", "data.length": 80, "model.router_dim": 4}
+        run_lib.train(values("rmoe", "language_model", **changes, **packed), tmp_path / "packed")
     own = {"likelihood_draws": "64", "scorer": str(tmp_path / "scorer")}
     run = run_lib.load(tmp_path / "radd", sampler=own)
     call = lambda name, rows: run.task.analyses[name](run.params, run.extra, tmp_path, rows, 0)
@@ -272,6 +298,12 @@ def test_analyses_of_a_run(tmp_path):
     assert found["samples"] == 8 and 0 < found["unigram_entropy"] < math.log(12)
     for name in ("perplexity_tokens", "perplexity_text"):  # an untrained model knows little
         assert 3 < found[name] < 60
+    # An untrained model's guess is near uniform, in rows that a mixture takes for documents too.
+    again = run_lib.load(tmp_path / "radd", sampler={"scorer": str(tmp_path / "packed")})
+    text = again.task.analyses["generative_perplexity"](run.params, run.extra, tmp_path, 8, 0)
+    assert 3 < json.loads(text)["perplexity_tokens"] < 60
+    single = json.loads(call("likelihood", 1))
+    assert single["published"]["standard_error_rows"] is None
     with pytest.raises(ConfigError, match="needs --sampler scorer=DIR"):
         other = run_lib.load(tmp_path / "radd")
         other.task.analyses["generative_perplexity"](run.params, run.extra, tmp_path, 8, 0)

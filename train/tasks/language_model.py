@@ -121,7 +121,7 @@ def build(config: Config) -> Task:
         key,
         prompts: Sequence[str],
         *,
-        sampling: generation.Sampling,
+        sampling: generation.Sampling | None = None,
         max_tokens: int,
         stops: Sequence[str] = (),
         stop_at_end: bool = True,
@@ -136,7 +136,7 @@ def build(config: Config) -> Task:
             key,
             vocab_size=tokenizer.vocab_size,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=sampling or generation.Sampling(),
             stops=[*ends, *(corpus.encode(text).tolist() for text in stops)],
         )
 

@@ -10,6 +10,7 @@ padding, and every token counts.
 
 from collections.abc import Mapping, Sequence
 import functools
+import logging
 import math
 from typing import Any
 
@@ -29,6 +30,9 @@ from .masked_sampling import MaskedSampler
 from .models import diffusion_lm
 
 ESTIMATE = radd.Loss("k_dce")
+LEAST_MASKED = 0.9  # at time 1, before a warning
+
+logger = logging.getLogger("scanax")
 
 
 def build(config: Config) -> Task:
@@ -47,6 +51,13 @@ def build(config: Config) -> Task:
     if tokenizer.byte_lengths is not None:
         bytes_S = np.asarray([*tokenizer.byte_lengths, 0], np.float32)
     fits = (data.length, corpus.encode, mask)
+    masked = float(loss_of.schedule.masked(jnp.ones(())))
+    if masked < LEAST_MASKED:
+        logger.warning(
+            "objective.schedule=%s masks only %.0f %% at time 1, and samples begin with masks"
+            " alone: they are not what a loss over time trains for",
+            *(objective.schedule, 100 * masked),
+        )
     filler = MaskedSampler(sampler, loss_of.schedule, lm.network, *fits)
 
     def init(key: jax.Array):
@@ -76,10 +87,10 @@ def build(config: Config) -> Task:
         value, weight = metrics.pop("loss")
         return value, Aux(weight, extra, metrics)
 
-    def estimates(params, batch, keys, loss: radd.Loss, draws: int) -> jax.Array:
-        """[N, B]: independent draws; of stratified sizes for k_dce."""
+    def estimates(params, batch, keys, loss: radd.Loss, draws: int, stratified: bool) -> jax.Array:
+        """[N, B]: independent draws, or, of k_dce, such of stratified sizes."""
         sizes_B, keys_B = _split(keys)
-        if loss.name == "k_dce":
+        if stratified:
             sizes_BN = radd.times.stratified_sizes(sizes_B, draws, data.length)
             u_NB = radd.times.uniform_of(sizes_BN, data.length).T
         else:
@@ -95,7 +106,9 @@ def build(config: Config) -> Task:
 
     def evaluate(params, extra, batch, keys):
         del extra
-        nats_B = jnp.mean(estimates(params, batch, keys, ESTIMATE, objective.eval_draws), axis=0)
+        draws = objective.eval_draws
+        nats_NB = estimates(params, batch, keys, ESTIMATE, draws, stratified=True)
+        nats_B = jnp.mean(nats_NB, axis=0)
         rows_B = jnp.any(batch["labels"] != IGNORE, axis=1).astype(nats_B.dtype)
         found = figures(batch["ids"], nats_B, rows_B)
         return {**found, "nats_squared": (jnp.sum(nats_B**2 * rows_B), jnp.sum(rows_B))}
@@ -104,7 +117,7 @@ def build(config: Config) -> Task:
         """Perplexity, and the standard error of nats per token over the rows."""
         rows = float(totals["loss"][1])
         variance = max(float(means["nats_squared"] - means["loss"] ** 2), 0.0)
-        error = math.sqrt(variance / max(rows - 1, 1)) / data.length
+        error = math.sqrt(variance / (rows - 1)) / data.length if rows > 1 else math.nan
         return {
             "perplexity": np.exp(means["nats_per_token"]),
             "standard_error": np.asarray(error),

@@ -46,17 +46,29 @@ class MaskedSampler:
         self.config, self.network, self.length = config, network, length
         self.encode, self.mask = encode, mask
         self.schedule = schedule
+        self._filled = jax.jit(self._fill, static_argnums=0)
 
-    def fill(self, params: Any, keys_R, start_RT: np.ndarray) -> np.ndarray:
-        """Samples what is masked in rows [R, T] of the context's length; all else stays."""
-        run = functools.partial(self._fill, self.config.sampling)
-        return np.asarray(jax.jit(run)(params, keys_R, jnp.asarray(start_RT)).tokens)
+    def fill(
+        self, params: Any, keys_R, start_RT: np.ndarray, lengths_R: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Samples what is masked in rows [R, T] of the context's length; all else stays.
 
-    def _fill(self, sampling: Sampling, params, keys_R, start_RT) -> radd.events.Sampled:
+        Masks from a row's length on are not wanted, and may stay.
+        """
+        return np.asarray(self._filled(*self._inputs(params, keys_R, start_RT, lengths_R)).tokens)
+
+    def _inputs(self, params, keys_R, start_RT, lengths_R, sampling: Sampling | None = None):
+        lengths_R = [self.length] * len(start_RT) if lengths_R is None else lengths_R
+        sampling = sampling or self.config.sampling
+        return sampling, params, keys_R, jnp.asarray(start_RT), jnp.asarray(lengths_R, jnp.int32)
+
+    def _fill(self, sampling: Sampling, params, keys_R, start_RT, lengths_R) -> radd.events.Sampled:
         sample = radd.events.sample
         if self.config.order in radd.adaptive.ORDERS:
             sample = functools.partial(radd.adaptive.sample, order=self.config.order)
-        plan = self.plan(keys_R, start_RT == self.mask)
+            lengths_R = jnp.full_like(lengths_R, self.length)  # it chooses among all masks
+        wanted_RT = jnp.arange(self.length, dtype=jnp.int32)[None] < lengths_R[:, None]
+        plan = self.plan(keys_R, (start_RT == self.mask) & wanted_RT)
         return sample(self.network(params), keys_R, start_RT, plan, sampling, self.config.slots)
 
     def plan(self, keys_R, free_RT: jax.Array) -> radd.plans.Plan:
@@ -80,13 +92,15 @@ class MaskedSampler:
         key: jax.Array,
         prompts: Sequence[str],
         *,
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         max_tokens: int,
         stops: Sequence[str] = (),
         stop_at_end: bool = True,
         end: int | None = None,
     ) -> Generated:
         """Texts behind prompts, which stay; beyond the context, block by block.
+
+        ``sampling`` is the config's unless it is given.
 
         Raises:
           ConfigError: for a sampling or an order that does not go with this.
@@ -100,6 +114,7 @@ class MaskedSampler:
                     f"prompt {i} has {len(ids)} tokens and leaves no room in the context of"
                     f" {self.length}: shorten it"
                 )
+        sampling = sampling or self.config.sampling
         try:
             radd.draws.check_sampling(sampling)
         except ValueError as error:
@@ -108,11 +123,14 @@ class MaskedSampler:
         for row, ids in zip(start_RT, rows, strict=True):
             row[: len(ids)] = ids
         beyond = max(len(ids) for ids in rows) + max_tokens - self.length
-        run = functools.partial(self._fill, sampling)
+        keys_R = radd.draws.row_keys(key, len(rows))
+        lengths_R = [len(ids) + max_tokens for ids in rows]
+        static, *inputs = self._inputs(params, keys_R, start_RT, lengths_R, sampling)
         if beyond > 0:
-            run = self._extend(sampling, beyond)
-        inputs = params, radd.draws.row_keys(key, len(rows)), jnp.asarray(start_RT)
-        compiled = jax.jit(run).lower(*inputs).compile()
+            inputs = inputs[:-1]
+            compiled = jax.jit(self._extend(sampling, beyond)).lower(*inputs).compile()
+        else:
+            compiled = self._filled.lower(static, *inputs).compile()
         begin = time.perf_counter()
         found_RT = np.asarray(compiled(*inputs).tokens)
         seconds = time.perf_counter() - begin
@@ -158,25 +176,29 @@ class MaskedSampler:
           Tokens [R, T] and how many of each row are the text.
 
         Raises:
-          DataError: for a text beyond the context.
+          DataError: for a text without a gap, or beyond the context.
         """
         del extra
         start_RT = np.full((len(texts), self.length), self.mask, np.int32)
         lengths = []
         for i, text in enumerate(texts):
-            parts = [
-                np.full(int(part), self.mask, np.int32) if odd % 2 else self.encode(part)
-                for odd, part in enumerate(GAP.split(text))
-            ]
-            ids = np.concatenate(parts)
-            if len(ids) > self.length:
+            parts = GAP.split(text)
+            if len(parts) == 1:
+                raise DataError(f"text {i} has no gap: write [[12]] for one of 12 tokens")
+            known = [self.encode(part) for part in parts[::2]]
+            gaps = [int(part) for part in parts[1::2]]
+            length = sum(map(len, known)) + sum(gaps)
+            if length > self.length:
                 raise DataError(
-                    f"text {i} has {len(ids)} tokens with its gaps, the context is {self.length}"
+                    f"text {i} has {length} tokens with its gaps, the context is {self.length}"
                 )
-            start_RT[i, : len(ids)] = ids
-            lengths.append(len(ids))
+            place = 0
+            for ids, gap in zip(known, [*gaps, 0], strict=True):
+                start_RT[i, place : place + len(ids)] = ids
+                place += len(ids) + gap
+            lengths.append(length)
         keys_R = radd.draws.row_keys(key, len(texts))
-        return self.fill(params, keys_R, start_RT), lengths
+        return self.fill(params, keys_R, start_RT, lengths), lengths
 
 
 def _find(ids: np.ndarray, part: np.ndarray) -> int:
