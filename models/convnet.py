@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .layers import Dense
+from .limits import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,7 @@ class ConvNetConfig:
     feature_size: int
 
     def __post_init__(self):
-        for name in ("num_classes", "convs_per_stage", "feature_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "num_classes", "convs_per_stage", "feature_size")
         if not self.stages or min(self.stages) < 1:
             raise ValueError(f"model.stages must be positive numbers, got {self.stages}")
         if self.norm_groups < 0:

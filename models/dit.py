@@ -16,11 +16,11 @@ import numpy as np
 from ..kernels.dtypes import accumulation_dtype
 from .layers import Dense, attend, parameter
 from .lightnet.dit import SIZES, join_patches, time_features
+from .limits import DTYPES, at_least, one_of
 
 __all__ = ["SIZES", "DiT", "DiTConfig"]
 NORM_EPS = 1e-6
 MLP_RATIO = 4
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,7 @@ class DiTConfig:
     remat: bool
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_heads")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) must be a multiple of 4 and of"
@@ -60,11 +58,7 @@ class DiTConfig:
             raise ValueError(f"model.patch_size must be two sizes, got {self.patch_size}")
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes must not be negative, got {self.num_classes}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(DTYPES)}; got {getattr(self, name)!r}"
-                )
+        one_of(self, DTYPES, "dtype", "param_dtype")
 
 
 class DiT(nn.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .layers import Dense, RMSNorm, SwiGLU
+from .limits import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,7 @@ class MLPConfig:
     intermediate_size: int
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"model.{field.name} must be at least 1, got {getattr(self, field.name)}"
-                )
+        at_least(self, 1, *(field.name for field in dataclasses.fields(self)))
 
 
 class MLP(nn.Module):

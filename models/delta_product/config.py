@@ -8,9 +8,9 @@ import dataclasses
 import math
 
 from ...kernels.delta_product.api import IMPLEMENTATIONS
+from ..limits import DTYPES, at_least, one_of
 
 ACTIVATIONS = ("silu", "identity")
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,7 @@ class DeltaProductConfig:
 
     def __post_init__(self):
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim")
-        for name in (*positive, "num_householder", "conv_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, *positive, "num_householder", "conv_size")
         if self.intermediate_size < 0:
             raise ValueError(
                 f"model.intermediate_size must be at least 0, got {self.intermediate_size}"
@@ -84,17 +82,9 @@ class DeltaProductConfig:
                 f"model.head_dim * model.expand_v must be a whole number of at least 1, got"
                 f" {self.head_dim} * {self.expand_v}"
             )
-        choices = {
-            "activation": ACTIVATIONS,
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-            "implementation": ("auto", *IMPLEMENTATIONS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
+        one_of(self, ACTIVATIONS, "activation")
+        one_of(self, DTYPES, "dtype", "param_dtype")
+        one_of(self, ("auto", *IMPLEMENTATIONS), "implementation")
 
     @property
     def value_heads(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from .. import layout
 from ..delta_product import DeltaProductConfig, DeltaProductLM, interop as delta_product
 from ..lightnet import LightNetLM, LightNetLMConfig, interop as lightnet
+from ..limits import DTYPES
 from ..radd import RADD, RADDConfig, interop as radd
 from ..rmoe import RMoEConfig, RMoELM, RMoESeqConfig, RMoESeqLM, interop as rmoe
 from ..unet import (
@@ -28,8 +29,6 @@ from ..unet import (
     SongUNetConfig,
     interop as unet,
 )
-
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)

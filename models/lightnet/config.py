@@ -7,12 +7,12 @@ defaults here: ``configs/base.py`` is the one place that declares them.
 import dataclasses
 
 from ...kernels.additive_scan.api import IMPLEMENTATIONS
+from ..limits import DTYPES, at_least, one_of
 from . import lrpe
 
 MIXERS = ("lightnet", "softmax", "linear", "gla", "gla_two_scans")
 GATES = ("silu", "sigmoid", "none")
 TPES = ("none", "causal", "bidirectional")
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,30 +73,20 @@ class LightNetConfig:
     implementation: str
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_heads", "conv_size"):
-            _at_least(self, name, 1)
-        for name in ("head_dim", "intermediate_size", "scale"):
-            _at_least(self, name, 0)
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_heads", "conv_size")
+        at_least(self, 0, "head_dim", "intermediate_size", "scale")
         if self.output_gate != "none":
-            _at_least(self, "gate_low_rank_dim", 1)
+            at_least(self, 1, "gate_low_rank_dim")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must divide model.hidden_size"
                 f" ({self.hidden_size})"
             )
-        choices = {
-            "mixer": MIXERS,
-            "output_gate": GATES,
-            "tpe": TPES,
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-            "implementation": ("auto", *IMPLEMENTATIONS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
+        one_of(self, MIXERS, "mixer")
+        one_of(self, GATES, "output_gate")
+        one_of(self, TPES, "tpe")
+        one_of(self, DTYPES, "dtype", "param_dtype")
+        one_of(self, ("auto", *IMPLEMENTATIONS), "implementation")
         if self.theta_type not in (0, *lrpe.THETA_TYPES):
             raise ValueError(f"model.theta_type must be 0 to 6, got {self.theta_type}")
         if self.use_lrpe and lrpe.is_rotation(self.theta_type) and self.key_dim % 2:
@@ -149,7 +139,7 @@ class LightNetLMConfig(LightNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "vocab_size", 1)
+        at_least(self, 1, "vocab_size")
         if self.causal and (self.tpe == "bidirectional" or self.mixer == "gla_two_scans"):
             raise ValueError(
                 "model.tpe=bidirectional and model.mixer=gla_two_scans look ahead: they are not"
@@ -179,7 +169,7 @@ class LightNetGridConfig(LightNetConfig):
     def __post_init__(self):
         super().__post_init__()
         check_patches(self)
-        _at_least(self, "num_classes", 1)
+        at_least(self, 1, "num_classes")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be in [0, 1), got {self.drop_path}")
 
@@ -201,7 +191,7 @@ class LightNetDiTConfig(LightNetConfig):
     def __post_init__(self):
         super().__post_init__()
         check_patches(self)
-        _at_least(self, "num_classes", 0)
+        at_least(self, 0, "num_classes")
 
 
 def check_patches(c) -> None:
@@ -210,8 +200,3 @@ def check_patches(c) -> None:
         raise ValueError(f"model.patch_size must be positive sizes, got {c.patch_size}")
     if c.use_short_conv:
         raise ValueError("model.use_short_conv is for causal language models")
-
-
-def _at_least(config, name: str, least: int) -> None:
-    if getattr(config, name) < least:
-        raise ValueError(f"model.{name} must be at least {least}, got {getattr(config, name)}")

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-DTYPES = ("float32", "bfloat16", "float64")
+from ..limits import DTYPES, at_least, one_of
+
 SIZES = {  # Ou et al. 2025, with GPT-2's tokens: 162,265,682 and 405,191,762 parameters
     "small": {"hidden_size": 768, "num_hidden_layers": 12, "num_heads": 12, "dropout": 0.02},
     "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 16, "dropout": 0.02},
@@ -36,9 +37,7 @@ class RADDConfig:
     remat: bool
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_heads")
         if self.vocab_size < 2:
             raise ValueError(
                 f"model.vocab_size must be at least 2 (a token and the mask), got {self.vocab_size}"
@@ -50,11 +49,7 @@ class RADDConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(DTYPES)}; got {getattr(self, name)!r}"
-                )
+        one_of(self, DTYPES, "dtype", "param_dtype")
 
     @property
     def head_dim(self) -> int:

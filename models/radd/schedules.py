@@ -9,6 +9,7 @@ t of any shape, in its dtype. With the rate sigma of a token turning into the ma
 float32 where they are small, and all else follows from them.
 """
 
+import abc
 import dataclasses
 import math
 
@@ -27,20 +28,20 @@ USAGE = {
 }
 
 
-class Schedule:
+class Schedule(abc.ABC):
     """A schedule; ``schedule(text)`` makes one from its name."""
 
+    @abc.abstractmethod
     def alpha(self, t: jax.Array) -> jax.Array:
         """The chance that a token is still there."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def masked(self, t: jax.Array) -> jax.Array:
         """lambda: the chance that it is masked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def slope(self, t: jax.Array) -> jax.Array:
         """d lambda / dt = sigma alpha."""
-        raise NotImplementedError
 
     def total(self, t: jax.Array) -> jax.Array:
         """sbar = -log(alpha)."""

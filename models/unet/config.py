@@ -6,6 +6,7 @@ Names are those of EDM's code, which has all three networks' parts. There are no
 
 import dataclasses
 
+from ..limits import DTYPES, at_least, one_of
 from .resample import NEAREST, Taps, check_taps
 
 EMBEDDINGS = ("positional", "fourier")
@@ -13,7 +14,6 @@ PROGRESSIVE = ("none", "output_skip")
 PROGRESSIVE_INPUT = ("none", "input_skip", "residual")
 ENCODERS = ("standard", "residual")
 PARAMETERISATIONS = ("velocity", "edm")
-DTYPES = ("float32", "bfloat16", "float64")
 CHANNELS_PER_HEAD = 64  # of DhariwalUNet
 
 
@@ -46,9 +46,7 @@ class UNetConfig:
     remat: bool
 
     def __post_init__(self):
-        for name in ("image_size", "channels", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "image_size", "channels", "num_blocks")
         if self.model_channels < 4 or self.model_channels % 4:
             raise ValueError(
                 f"model.model_channels must be a multiple of 4, got {self.model_channels}"
@@ -64,8 +62,7 @@ class UNetConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
-        check_choice(self, "dtype", DTYPES)
-        check_choice(self, "param_dtype", DTYPES)
+        one_of(self, DTYPES, "dtype", "param_dtype")
         for level, mult in enumerate(self.channel_mult):
             self._check_width(level, mult * self.model_channels)
 
@@ -119,14 +116,14 @@ class NCSNppConfig(UNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "embedding_type", EMBEDDINGS)
+        one_of(self, EMBEDDINGS, "embedding_type")
         if self.progressive == "residual":
             raise ValueError(
                 "model.progressive=residual does not run in the published code either; take"
                 " output_skip, or none"
             )
-        check_choice(self, "progressive", PROGRESSIVE)
-        check_choice(self, "progressive_input", PROGRESSIVE_INPUT)
+        one_of(self, PROGRESSIVE, "progressive")
+        one_of(self, PROGRESSIVE_INPUT, "progressive_input")
         check_taps("fir_kernel", self.fir_kernel)
         if self.progressive_input == "residual" and not self.fir:
             raise ValueError("model.progressive_input=residual needs model.fir=true")
@@ -159,7 +156,7 @@ class EDMConfig(UNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "parameterisation", PARAMETERISATIONS)
+        one_of(self, PARAMETERISATIONS, "parameterisation")
         if self.sigma_data <= 0:
             raise ValueError(f"model.sigma_data must be positive, got {self.sigma_data}")
         for name, least in (("num_classes", 0), ("augment_dim", 0), ("channel_mult_emb", 1)):
@@ -185,8 +182,8 @@ class SongUNetConfig(EDMConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "embedding_type", EMBEDDINGS)
-        check_choice(self, "encoder_type", ENCODERS)
+        one_of(self, EMBEDDINGS, "embedding_type")
+        one_of(self, ENCODERS, "encoder_type")
         check_taps("resample_filter", self.resample_filter)
         if self.channel_mult_noise < 1:
             raise ValueError("model.channel_mult_noise must be at least 1")
@@ -199,11 +196,3 @@ class DhariwalUNetConfig(EDMConfig):
     Attention has one head per 64 channels, and is left out where there are fewer channels: so do
     the published networks.
     """
-
-
-def check_choice(config, name: str, allowed: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists what is allowed."""
-    if getattr(config, name) not in allowed:
-        raise ValueError(
-            f"model.{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}"
-        )
