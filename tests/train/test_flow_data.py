@@ -14,12 +14,7 @@ from scanax.train.config import ConfigError, from_dict
 from scanax.train.data import pairs as pairs_lib
 from scanax.train.tasks.flow import flow_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,7 @@ from scanax.train.data.pipeline import DataError
 from scanax.train.tasks import flow_loss
 from scanax.train.tasks.flow import flow_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A run of points."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    run_lib.train(toy(), folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

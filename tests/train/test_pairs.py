@@ -6,7 +6,6 @@ import signal
 
 import chex
 import command
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,11 +28,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def plan(**changes) -> pairs_lib.PairsPlan:

@@ -43,11 +43,7 @@ def config(**changes) -> Config:
     return from_dict(values.to_dict())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """Optax's Adam itself raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

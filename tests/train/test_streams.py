@@ -62,11 +62,7 @@ def text(tmp_path, monkeypatch):
     monkeypatch.setenv("SCANAX_DATA", str(tmp_path))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Inside of optax."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def config(family: str = "rmoe_seq", **changes):

@@ -50,7 +50,6 @@ def build(config: Config) -> Task:
     bytes_S = None
     if tokenizer.byte_lengths is not None:
         bytes_S = np.asarray([*tokenizer.byte_lengths, 0], np.float32)
-    fits = (data.length, corpus.encode, mask)
     masked = float(loss_of.schedule.masked(jnp.ones(())))
     if masked < LEAST_MASKED:
         logger.warning(
@@ -58,6 +57,7 @@ def build(config: Config) -> Task:
             " alone: they are not what a loss over time trains for",
             *(objective.schedule, 100 * masked),
         )
+    fits = (data.length, corpus.encode, mask)
     filler = MaskedSampler(sampler, loss_of.schedule, lm.network, *fits)
 
     def init(key: jax.Array):
