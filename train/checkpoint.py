@@ -22,6 +22,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from absl import logging as absl_logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -233,15 +234,20 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         config = self._config
         if config is None:
-            options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
-                cleanup_tmp_directories=True,
-                create=True,
-            )
+            shown = absl_logging.get_verbosity()
+            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns that reading is reading
+            try:
+                options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+                return ocp.CheckpointManager(self.folder, options=options)
+            finally:
+                absl_logging.set_verbosity(shown)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            cleanup_tmp_directories=True,
+            create=True,
+        )
         return ocp.CheckpointManager(self.folder, options=options)
 
     def _list_files(self) -> None:
