@@ -1,5 +1,7 @@
 """Public functions of the DeltaProduct scan: argument checks, then dispatch."""
 
+import functools
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -7,10 +9,12 @@ import numpy as np
 
 from .. import dispatch
 from ..dtypes import accumulation_dtype
-from . import reference, xla
+from . import backend, reference, xla
+
+XLA = backend.Backend(xla.forward, xla.backward)
 
 IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(xla.delta_product_xla),
+    "xla": dispatch.Implementation(functools.partial(backend.scan, forward=XLA, backward=XLA)),
     "reference": dispatch.Implementation(reference.delta_product_reference),
 }
 
@@ -45,7 +49,8 @@ def delta_product(
       initial_state: [B, H, K, V]; zeros if None. It belongs to the first token's segment.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
       implementation: "reference", "xla", or None for the best one on this platform.
-      chunk_size: tokens per chunk of the chunked implementations; None picks it.
+      chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
+        None picks it.
 
     Returns:
       o: [B, T, H, V] in q's dtype.

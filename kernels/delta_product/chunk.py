@@ -1,7 +1,7 @@
 """One chunk of the DeltaProduct recurrence in WY form: forward and hand-written backward.
 
-This is the mathematics that chunked implementations share; it knows nothing of scans,
-padding or dispatch. Notation (all arrays may carry leading batch dimensions):
+This is the mathematics of a chunk in plain JAX; it knows nothing of scans, padding or dispatch.
+Notation (all arrays may carry leading batch dimensions):
 
   C tokens in the chunk, N steps per token, L = C * N micro-steps, K key, V value.
   s, r  micro-steps (s // N is the token);  t  token
@@ -11,14 +11,28 @@ padding or dispatch. Notation (all arrays may carry leading batch dimensions):
 Within the chunk the product of Householder steps unrolls into pseudo-values u_s, with
 
   H_s = e^{G_s} H + sum_{r <= s} e^{G_s - G_r} k_r u_r^T
-  u   = T (beta * v - beta * e^G * (k H)),   T = (I + A)^{-1}
-  A_sr = beta_s e^{G_s - G_r} (k_s . k_r)                          for r < s, else 0
+  u   = T (beta * v - beta * e^G * (k H)),   T = (I + beta M)^{-1}
+  M_sr = e^{G_s - G_r} (k_s . k_r)                                for r < s, else 0
   o_t = e^{G_t} q_t H + sum_s P_ts u_s,   P_ts = e^{G_t - G_s} (q_t . k_s)  for s // N <= t
   H_C = e^{G_end} H + sum_s e^{G_end - G_s} k_s u_s^T
 
 (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", with N steps per
-token; q carries the output scale.) Exponents appear only as differences <= 0, masked before
-the exponential. A state that is cleared inside the chunk is a mask on the same factors.
+token; q carries the output scale.) A query meets the state and the keys as a key does, only that
+it writes nothing. So the C queries and L keys are stacked into R = C + L rows Y = [q; k], and
+what both need is one product:
+
+  W = [P; M] = decay * (Y k^T),   Y H = [q H; k H]
+
+and backward, with X = [do; -dv] and the cotangent dH_C of the leaving state,
+
+  e = T^T (P^T do + e^{G_end - G} k dH_C),   dv = beta e
+  dW = decay * (X u^T)
+  dY = e^G * (X H^T) + dW k,   and for the keys further  dW^T Y + e^{G_end - G} u dH_C^T
+  dH = e^{G_end} dH_C + (e^G Y)^T X
+  dbeta_s = e_s . (v_s - what the state held for k_s)
+
+Exponents appear only as differences <= 0, masked before the exponential. A state that is cleared
+inside the chunk is a mask on the same factors.
 """
 
 from typing import NamedTuple
@@ -41,19 +55,20 @@ class Decay(NamedTuple):
 class Chunk(NamedTuple):
     """Everything about a chunk that does not depend on the state entering it."""
 
-    q_CK: jax.Array
+    y_RK: jax.Array  # queries, then keys
     k_LK: jax.Array
     v_LV: jax.Array
     beta_L1: jax.Array
-    decay_LL: jax.Array  # e^{G_s - G_r} for r < s, else 0
-    decay_CL: jax.Array  # e^{G_t - G_s} for s // N <= t, else 0
-    enter_C1: jax.Array
-    enter_L1: jax.Array
+    decay_RL: jax.Array  # e^{G_t - G_s} for s // N <= t, and e^{G_s - G_r} for r < s; else 0
+    enter_R1: jax.Array
     leave_L1: jax.Array
     across_11: jax.Array
-    kk_LL: jax.Array  # k_s . k_r
+    w_RL: jax.Array  # P and M
     inverse_LL: jax.Array  # T
-    p_CL: jax.Array  # P
+
+    @property
+    def tokens(self) -> int:
+        return self.y_RK.shape[-2] - self.k_LK.shape[-2]
 
 
 def decays(g_C, run_C, entering_run, shape: tuple[int, ...], dtype) -> Decay:
@@ -92,20 +107,22 @@ def decays(g_C, run_C, entering_run, shape: tuple[int, ...], dtype) -> Decay:
 
 def prepare(q_CK, k_LK, v_LV, beta_L, decay: Decay) -> Chunk:
     """The part of a chunk that does not depend on the state."""
-    tokens, micro = q_CK.shape[-2], k_LK.shape[-2]
-    steps = micro // tokens
+    tokens = q_CK.shape[-2]
+    steps = k_LK.shape[-2] // tokens
     decay_CL = jnp.repeat(decay.within_CC, steps, axis=-1)
     decay_LL = jnp.tril(jnp.repeat(decay_CL, steps, axis=-2), -1)
-    kk_LL = _einsum("...sk,...rk->...sr", k_LK, k_LK)
+    decay_RL = jnp.concatenate([decay_CL, decay_LL], axis=-2)
+    enter_L = jnp.repeat(decay.enter_C, steps, axis=-1)
+    y_RK = jnp.concatenate([q_CK, k_LK], axis=-2)
+    w_RL = decay_RL * _product("...rk,...sk->...rs", y_RK, k_LK)
+    beta_L1 = beta_L[..., None]
     return Chunk(
-        *(q_CK, k_LK, v_LV, beta_L[..., None], decay_LL, decay_CL),
-        enter_C1=decay.enter_C[..., None],
-        enter_L1=jnp.repeat(decay.enter_C, steps, axis=-1)[..., None],
+        *(y_RK, k_LK, v_LV, beta_L1, decay_RL),
+        enter_R1=jnp.concatenate([decay.enter_C, enter_L], axis=-1)[..., None],
         leave_L1=jnp.repeat(decay.leave_C, steps, axis=-1)[..., None],
         across_11=decay.across[..., None, None],
-        kk_LL=kk_LL,
-        inverse_LL=unit_lower_inverse(beta_L[..., None] * decay_LL * kk_LL),
-        p_CL=_einsum("...tk,...sk->...ts", q_CK, k_LK) * decay_CL,
+        w_RL=w_RL,
+        inverse_LL=unit_lower_inverse(beta_L1 * w_RL[..., tokens:, :]),
     )
 
 
@@ -126,87 +143,93 @@ def unit_lower_inverse(a_LL: jax.Array) -> jax.Array:
         split = index[:, None] // block != index[None, :] // block
         added_LL = jnp.where(jnp.broadcast_to(joined & split, a_LL.shape), a_LL, 0)
         if block > 1:  # blocks of 1 have the identity as inverse: nothing to multiply
-            added_LL = _einsum("...ij,...jk->...ik", inverse_LL, added_LL)
-            added_LL = _einsum("...ij,...jk->...ik", added_LL, inverse_LL)
+            added_LL = _product("...ij,...jk->...ik", inverse_LL, added_LL)
+            added_LL = _product("...ij,...jk->...ik", added_LL, inverse_LL)
         inverse_LL = inverse_LL - added_LL
         block *= 2
     return inverse_LL
 
 
-def pseudo_values(chunk: Chunk, state_KV) -> jax.Array:
-    """u = T (beta v - beta e^G k H): [..., L, V]."""
-    error_LV = chunk.v_LV - chunk.enter_L1 * _einsum("...sk,...kv->...sv", chunk.k_LK, state_KV)
-    return _einsum("...sr,...rv->...sv", chunk.inverse_LL, chunk.beta_L1 * error_LV)
+def pass_state(chunk: Chunk, state_KV) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the rows read of the entering state, and the chunk's effect on it.
+
+    Returns:
+      read_CV: e^G q H; error_LV: v - e^G k H; u_LV: the pseudo-values; the leaving state [K, V].
+    """
+    read_RV = chunk.enter_R1 * _product("...rk,...kv->...rv", chunk.y_RK, state_KV)
+    error_LV = chunk.v_LV - read_RV[..., chunk.tokens :, :]
+    u_LV = _product("...sr,...rv->...sv", chunk.inverse_LL, chunk.beta_L1 * error_LV)
+    written_KV = _transposed_product(chunk.leave_L1 * chunk.k_LK, u_LV)
+    state_KV = chunk.across_11 * state_KV + written_KV
+    return read_RV[..., : chunk.tokens, :], error_LV, u_LV, state_KV
 
 
-def next_state(chunk: Chunk, u_LV, state_KV) -> jax.Array:
-    """H_C from H and the pseudo-values: [..., K, V]."""
-    written_KV = _einsum("...sk,...sv->...kv", chunk.leave_L1 * chunk.k_LK, u_LV)
-    return chunk.across_11 * state_KV + written_KV
-
-
-def outputs(chunk: Chunk, u_LV, state_KV) -> jax.Array:
+def outputs(chunk: Chunk, read_CV, u_LV) -> jax.Array:
     """o: [..., C, V]."""
-    carried_CV = chunk.enter_C1 * _einsum("...tk,...kv->...tv", chunk.q_CK, state_KV)
-    return carried_CV + _einsum("...ts,...sv->...tv", chunk.p_CL, u_LV)
+    p_CL = chunk.w_RL[..., : chunk.tokens, :]
+    return read_CV + _product("...ts,...sv->...tv", p_CL, u_LV)
 
 
-def backward(chunk: Chunk, u_LV, state_KV, do_CV, dstate_KV):
+def backward(chunk: Chunk, state_KV, error_LV, u_LV, do_CV, dstate_KV, dlater):
     """Gradients of a chunk: no differentiation through the inverse, no division by beta.
 
     Args:
-      chunk, u_LV, state_KV: the chunk, its pseudo-values and the state entering it.
+      chunk, state_KV: the chunk and the state entering it.
+      error_LV, u_LV: of :func:`pass_state`.
       do_CV: cotangent of the outputs; dstate_KV: cotangent of the state leaving the chunk.
+      dlater: [...] the gradient that g of a token after the chunk would get, if it decayed the
+        leaving state: <dH_C, H_C>.
 
     Returns:
-      dq [..., C, K], dk [..., L, K], dv [..., L, V], dbeta [..., L], dg [..., C] and the
-      cotangent of the entering state [..., K, V]. dg holds for unmasked and masked chunks
-      alike, because every masked factor is 0.
+      dq [..., C, K], dk [..., L, K], dv [..., L, V], dbeta [..., L], dg [..., C], the cotangent
+      of the entering state [..., K, V], and what is ``dlater`` for the chunk before.
     """
-    q_CK, k_LK, enter_C1, leave_L1 = chunk.q_CK, chunk.k_LK, chunk.enter_C1, chunk.leave_L1
-    left_LV = leave_L1 * _einsum("...sk,...kv->...sv", k_LK, dstate_KV)
-    du_LV = _einsum("...ts,...tv->...sv", chunk.p_CL, do_CV) + left_LV
-    e_LV = _einsum("...sr,...sv->...rv", chunk.inverse_LL, du_LV)  # T^T du
+    tokens = chunk.tokens
+    p_CL, m_LL = chunk.w_RL[..., :tokens, :], chunk.w_RL[..., tokens:, :]
+    left_LV = chunk.leave_L1 * _product("...sk,...kv->...sv", chunk.k_LK, dstate_KV)
+    e_LV = _transposed_product(chunk.inverse_LL, _transposed_product(p_CL, do_CV) + left_LV)
     dv_LV = chunk.beta_L1 * e_LV
+    held_LV = _product("...sr,...rv->...sv", m_LL, u_LV)  # by the chunk; error_LV has H's part
+    dbeta_L = jnp.sum(e_LV * (error_LV - held_LV), axis=-1)
 
-    # u_s = beta_s (v_s - what the state held for k_s); the held value gives dbeta.
-    held_LV = chunk.enter_L1 * _einsum("...sk,...kv->...sv", k_LK, state_KV)
-    held_LV = held_LV + _einsum("...sr,...rv->...sv", chunk.decay_LL * chunk.kk_LL, u_LV)
-    dbeta_L = jnp.sum(e_LV * (chunk.v_LV - held_LV), axis=-1)
+    x_RV = jnp.concatenate([do_CV, -dv_LV], axis=-2)
+    dw_RL = chunk.decay_RL * _product("...rv,...sv->...rs", x_RV, u_LV)
+    dy_RK = chunk.enter_R1 * _product("...rv,...kv->...rk", x_RV, state_KV)
+    dy_RK = dy_RK + _product("...rs,...sk->...rk", dw_RL, chunk.k_LK)
+    dq_CK, dk_LK = dy_RK[..., :tokens, :], dy_RK[..., tokens:, :]
+    dk_LK = dk_LK + _transposed_product(dw_RL, chunk.y_RK)
+    dk_LK = dk_LK + chunk.leave_L1 * _product("...sv,...kv->...sk", u_LV, dstate_KV)
+    dentering_KV = chunk.across_11 * dstate_KV
+    dentering_KV = dentering_KV + _transposed_product(chunk.enter_R1 * chunk.y_RK, x_RV)
 
-    dkk_LL = -_einsum("...sv,...rv->...sr", dv_LV, u_LV) * chunk.decay_LL
-    dqk_CL = _einsum("...tv,...sv->...ts", do_CV, u_LV) * chunk.decay_CL
-    dq_CK = enter_C1 * _einsum("...tv,...kv->...tk", do_CV, state_KV)
-    dq_CK = dq_CK + _einsum("...ts,...sk->...tk", dqk_CL, k_LK)
-    dk_LK = _einsum("...ts,...tk->...sk", dqk_CL, q_CK)
-    dk_LK = dk_LK + _einsum("...sr,...rk->...sk", dkk_LL, k_LK)
-    dk_LK = dk_LK + _einsum("...sr,...sk->...rk", dkk_LL, k_LK)
-    dk_LK = dk_LK + leave_L1 * _einsum("...sv,...kv->...sk", u_LV, dstate_KV)
-    dk_LK = dk_LK - chunk.enter_L1 * _einsum("...sv,...kv->...sk", dv_LV, state_KV)
-
-    dstate_in_KV = chunk.across_11 * dstate_KV
-    dstate_in_KV = dstate_in_KV + _einsum("...tk,...tv->...kv", enter_C1 * q_CK, do_CV)
-    dstate_in_KV = dstate_in_KV - _einsum("...sk,...sv->...kv", chunk.enter_L1 * k_LK, dv_LV)
-
-    dg_C = _decay_gradient(chunk, dq_CK, dv_LV, u_LV, left_LV, state_KV, dstate_KV)
-    return dq_CK, dk_LK, dv_LV, dbeta_L, dg_C, dstate_in_KV
+    dg_C = _decay_gradient(chunk, dq_CK, dv_LV, dlater)
+    return dq_CK, dk_LK, dv_LV, dbeta_L, dg_C, dentering_KV, dg_C[..., 0]
 
 
-def _decay_gradient(chunk, dq_CK, dv_LV, u_LV, left_LV, state_KV, dstate_KV):
+def _decay_gradient(chunk: Chunk, dq_CK, dv_LV, dlater):
     """dg from homogeneity: scaling e^{G_s} scales what micro-step s reads, and undoes v_s.
 
-    dL/dG_s = -v_s . dv_s + [s closes token t] o_t . do_t + [s closes the chunk] <dH_C, H_C>,
-    where o_t . do_t = q_t . dq_t because o is linear in q. dg_t sums dL/dG over all
-    micro-steps from token t on.
+    dL/dG_s = -v_s . dv_s + [s closes token t] o_t . do_t, where o_t . do_t = q_t . dq_t because o
+    is linear in q; dg_t sums dL/dG over all micro-steps from token t on. What comes after a
+    cleared state sums to 0, so that clearing needs no mask.
     """
-    tokens = dq_CK.shape[-2]
+    tokens = chunk.tokens
     dvalue_L = jnp.sum(chunk.v_LV * dv_LV, axis=-1)
     dvalue_C = jnp.sum(dvalue_L.reshape(*dvalue_L.shape[:-1], tokens, -1), axis=-1)
-    dsum_C = jnp.sum(chunk.q_CK * dq_CK, axis=-1) - dvalue_C
-    dend = jnp.sum(chunk.across_11 * state_KV * dstate_KV, axis=(-2, -1))
-    dend = dend + jnp.sum(u_LV * left_LV, axis=(-2, -1))
-    return jax.lax.cumsum(dsum_C, axis=dsum_C.ndim - 1, reverse=True) + dend[..., None]
+    dsum_C = jnp.sum(chunk.y_RK[..., :tokens, :] * dq_CK, axis=-1) - dvalue_C
+    return jax.lax.cumsum(dsum_C, axis=dsum_C.ndim - 1, reverse=True) + dlater[..., None]
 
 
-def _einsum(equation: str, *arrays: jax.Array) -> jax.Array:
+def _product(equation: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *arrays, precision=HIGHEST)
+
+
+def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a^T b: [..., i, m], [..., i, n] -> [..., m, n].
+
+    XLA's products of a transposed left factor run at half the speed of others on CPU, or less, if
+    it folds the transposition into them: there the transpose is made first.
+    """
+    if jax.default_backend() != "cpu":
+        return _product("...im,...in->...mn", a, b)
+    return _product("...mi,...in->...mn", jax.lax.optimization_barrier(jnp.swapaxes(a, -1, -2)), b)

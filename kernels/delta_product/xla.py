@@ -1,180 +1,127 @@
-"""DeltaProduct in plain JAX: a scan over groups of chunks, with its own backward.
+"""DeltaProduct in plain JAX: a scan over strides of the row, each of a few chunks written out.
 
-Layout: the row of T tokens is padded with no-op tokens and cut into groups of GROUP chunks
-of C tokens; ``lax.scan`` runs over the groups. Inside a group, everything that does not
-depend on the state is computed for all chunks at once, then the state passes through them
-one after another. The residuals of the backward are the inputs and the state at the start
-of each group; the rest is recomputed.
+A step of ``lax.scan`` reads its chunks where they lie in the row, so that no second copy of the
+row in another layout is made, takes the state through them, and keeps the state it began with.
+The backward runs over the strides in reverse: the state passes through the chunks of a stride
+once more, then its gradient comes back through them.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from . import chunk as chunk_lib
 
-GROUP = 1  # chunks per scan step; 2, 4 and 8 measured no faster on CPU
 
+def default_chunk(steps: int) -> int:
+    """Tokens per chunk: 16 micro-steps on CPU, 64 where matrix units are larger.
 
-class _Inputs(NamedTuple):
-    """Scan inputs, grouped: X groups, M chunks per group, C tokens per chunk, L = C * N."""
-
-    q: jax.Array  # [X, M, B, H, C, K], scaled
-    k: jax.Array  # [X, M, B, H, L, K]
-    v: jax.Array  # [X, M, B, H, L, V]
-    beta: jax.Array  # [X, M, B, H, L]
-    g: jax.Array | None  # [X, M, B, H, C]
-    run: jax.Array | None  # [X, M, B, 1, C], resets so far
-    entering_run: jax.Array | None  # [X, M, B, 1]
-
-
-def delta_product_xla(q, k, v, beta, g, state, reset, *, scale, chunk_size=None):
-    """Chunked DeltaProduct; arguments and results as in ``reference.py``."""
-    tokens, steps = k.shape[1:3]
-    if chunk_size is None:
-        chunk_size = default_chunk_size(steps, q.shape[-1])
-    chunk_size = min(chunk_size, tokens)
-    run = None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
-    return _scan(q, k, v, beta, g, state, run, float(scale), chunk_size)
-
-
-def default_chunk_size(steps: int, key_dim: int) -> int:
-    """Tokens per chunk, so that the work inside a chunk stays below that on the state.
-
-    That is 16 micro-steps for small keys on CPU, 32 for larger ones, and 64 where matrix
-    units are larger.
+    Longer chunks compute more within themselves than they save at the state.
     """
-    micro_steps = 64
-    if jax.default_backend() == "cpu":
-        micro_steps = 16 if key_dim <= 32 else 32
-    return max(1, micro_steps // steps)
+    micro_steps = 16 if jax.default_backend() == "cpu" else 64
+    return 1 << (max(1, micro_steps // steps).bit_length() - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _scan(q, k, v, beta, g, state, run, scale, chunk_size):
-    (o, state), _ = _scan_forward(q, k, v, beta, g, state, run, scale, chunk_size)
-    return o, state
+def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
+    """Outputs, final state and the states at the start of all strides, as in ``backend.py``."""
+    row, run = _row(q, k, v, beta, g, stride), _pad(run, stride, mode="edge")
+    chunk = chunk or min(default_chunk(k.shape[2]), stride)
+
+    def body(carry, start):
+        state_BHKV, o_BT1HV = carry
+        first_BHKV = state_BHKV
+        for t in range(0, stride, chunk):
+            part = _read(row, run, start + t, chunk, scale, state.dtype)
+            read_BHCV, _, u_BHLV, state_BHKV = chunk_lib.pass_state(part, state_BHKV)
+            o_BT1HV = _write(o_BT1HV, start + t, chunk_lib.outputs(part, read_BHCV, u_BHLV))
+        return (state_BHKV, o_BT1HV), first_BHKV
+
+    o_BT1HV = jnp.zeros((*row[0].shape[:-1], v.shape[-1]), q.dtype)
+    (final, o_BT1HV), starts = jax.lax.scan(body, (state, o_BT1HV), _starts(row, stride))
+    return o_BT1HV[:, : q.shape[1], 0], final, starts
 
 
-def _scan_forward(q, k, v, beta, g, state, run, scale, chunk_size):
-    inputs = _group(q, k, v, beta, g, run, scale, chunk_size, state.dtype)
+def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backend.py``."""
+    row, run = _row(q, k, v, beta, g, stride), _pad(run, stride, mode="edge")
+    do_BT1HV = _pad(do[:, :, None], stride)
+    chunk = chunk or min(default_chunk(k.shape[2]), stride)
+    dtype = starts.dtype
 
-    def group(state_BHKV, group_inputs: _Inputs):
-        chunks = _prepare(group_inputs)
-        start_BHKV, o = state_BHKV, []
-        for chunk in chunks:
-            u = chunk_lib.pseudo_values(chunk, state_BHKV)
-            o.append(chunk_lib.outputs(chunk, u, state_BHKV).astype(q.dtype))
-            state_BHKV = chunk_lib.next_state(chunk, u, state_BHKV)
-        return state_BHKV, (start_BHKV, jnp.stack(o))
+    def body(carry, stride_inputs):
+        (dstate_BHKV, gradients), (start, state_BHKV) = carry, stride_inputs
+        passed = []
+        for t in range(0, stride, chunk):
+            part = _read(row, run, start + t, chunk, scale, dtype)
+            _, error_BHLV, u_BHLV, next_BHKV = chunk_lib.pass_state(part, state_BHKV)
+            passed.append((start + t, part, state_BHKV, error_BHLV, u_BHLV))
+            state_BHKV = next_BHKV
+        dlater_BH = jnp.sum(dstate_BHKV * state_BHKV, axis=(-2, -1))
+        for t, part, state_BHKV, error_BHLV, u_BHLV in reversed(passed):
+            do_BHCV = _micro_steps(do_BT1HV, t, chunk).astype(dtype)
+            dq, dk, dv, dbeta, dg, dstate_BHKV, dlater_BH = chunk_lib.backward(
+                part, state_BHKV, error_BHLV, u_BHLV, do_BHCV, dstate_BHKV, dlater_BH
+            )
+            new = (scale * dq, dk, dv, dbeta[..., None], dg[..., None])
+            gradients = [
+                None if whole is None else _write(whole, t, x)
+                for whole, x in zip(gradients, new, strict=True)
+            ]
+        return (dstate_BHKV, gradients), None
 
-    final, (starts, o) = jax.lax.scan(group, state, inputs)
-    o = _ungroup_tokens(o, q.shape[1])
-    return (o, final), (q, k, v, beta, g, run, starts)
-
-
-def _scan_backward(scale, chunk_size, residuals, cotangents):
-    q, k, v, beta, g, run, starts = residuals
-    do, dfinal = cotangents
-    inputs = _group(q, k, v, beta, g, run, scale, chunk_size, starts.dtype)
-    do = _group_tokens(do.astype(starts.dtype), chunk_size)
-
-    def group(dstate, group_inputs):
-        inputs, start, do_M = group_inputs
-        chunks = _prepare(inputs)
-        states, pseudo = [start], []
-        for chunk in chunks:
-            pseudo.append(chunk_lib.pseudo_values(chunk, states[-1]))
-            states.append(chunk_lib.next_state(chunk, pseudo[-1], states[-1]))
-        gradients = []
-        for m in reversed(range(len(chunks))):
-            *gradient, dstate = chunk_lib.backward(chunks[m], pseudo[m], states[m], do_M[m], dstate)
-            gradients.append(gradient)
-        return dstate, jax.tree.map(lambda *x: jnp.stack(x), *reversed(gradients))
-
-    dstate, (dq, dk, dv, dbeta, dg) = jax.lax.scan(
-        group, dfinal.astype(starts.dtype), (inputs, starts, do), reverse=True
+    zeros = [None if x is None else jnp.zeros_like(x) for x in row]
+    (dstate, gradients), _ = jax.lax.scan(
+        body, (dfinal.astype(dtype), zeros), (_starts(row, stride), starts), reverse=True
     )
-    tokens, steps = k.shape[1:3]
-    dq = (scale * _ungroup_tokens(dq, tokens)).astype(q.dtype)
-    dk = _ungroup_steps(dk, tokens, steps).astype(k.dtype)
-    dv = _ungroup_steps(dv, tokens, steps).astype(v.dtype)
-    dbeta = _ungroup_steps(dbeta[..., None], tokens, steps)[..., 0].astype(beta.dtype)
-    dg = None if g is None else _ungroup_tokens(dg[..., None], tokens)[..., 0].astype(g.dtype)
-    return dq, dk, dv, dbeta, dg, dstate, None
+    gradients: Any = [None if x is None else x[:, : q.shape[1]] for x in gradients]
+    dq, dk, dv, dbeta, dg = gradients
+    dg = None if dg is None else dg[:, :, 0, :, 0]
+    return dq[:, :, 0], dk, dv, dbeta[..., 0], dg, dstate
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _row(q, k, v, beta, g, stride: int) -> tuple[Any, ...]:
+    """All inputs as [B, T, steps of the token, H, width], T a multiple of the stride."""
+    g = None if g is None else g[:, :, None, :, None]
+    arrays = (q[:, :, None], k, v, beta[..., None], g)
+    return tuple(_pad(x, stride) for x in arrays)
 
 
-def _prepare(inputs: _Inputs) -> list[chunk_lib.Chunk]:
-    """The state-independent part of a group, computed at once, as a list of its chunks."""
-    decay = chunk_lib.decays(
-        inputs.g, inputs.run, inputs.entering_run, inputs.q.shape[:-1], inputs.q.dtype
-    )
-    group = chunk_lib.prepare(inputs.q, inputs.k, inputs.v, inputs.beta, decay)
-    return [jax.tree.map(lambda x, m=m: x[m], group) for m in range(inputs.q.shape[0])]
-
-
-def _group(q, k, v, beta, g, run, scale, chunk_size, dtype) -> _Inputs:
-    """Pads with no-op tokens (k = v = beta = g = 0), casts, and cuts rows into groups."""
-    entering_run = None
-    if run is not None:
-        run = _pad_tokens(run, chunk_size, mode="edge")
-        entering_run = jnp.pad(run[:, :-1], ((0, 0), (1, 0)))[:, ::chunk_size]
-        groups = _groups(run.shape[1], chunk_size)
-        entering_run = entering_run.T.reshape(groups, -1, run.shape[0], 1)
-        run = run.reshape(run.shape[0], groups, -1, 1, chunk_size).transpose(1, 2, 0, 3, 4)
-    cast = lambda x: x.astype(dtype)
-    return _Inputs(
-        q=_group_tokens(cast(q) * scale, chunk_size),
-        k=_group_steps(cast(k), chunk_size),
-        v=_group_steps(cast(v), chunk_size),
-        beta=_group_steps(cast(beta)[..., None], chunk_size)[..., 0],
-        g=None if g is None else _group_tokens(cast(g)[..., None], chunk_size)[..., 0],
-        run=run,
-        entering_run=entering_run,
-    )
-
-
-def _groups(tokens: int, chunk_size: int) -> int:
-    """Number of groups of at most GROUP chunks for an already padded row."""
-    chunks = tokens // chunk_size
-    return chunks // GROUP if chunks > GROUP else 1
-
-
-def _pad_tokens(x, chunk_size: int, mode="constant"):
-    """Pads axis 1 to whole chunks, and to whole groups if there is more than one."""
-    chunks = -(-x.shape[1] // chunk_size)
-    if chunks > GROUP:
-        chunks = -(-chunks // GROUP) * GROUP
+def _pad(x, stride: int, **options):
+    """Whole strides along axis 1; tokens of zeros change nothing."""
+    if x is None:
+        return None
     padding = [(0, 0)] * x.ndim
-    padding[1] = (0, chunks * chunk_size - x.shape[1])
-    return jnp.pad(x, padding, mode=mode)
+    padding[1] = (0, -x.shape[1] % stride)
+    return jnp.pad(x, padding, **options)
 
 
-def _group_tokens(x_BTHD, chunk_size: int):
-    """[B, T, H, D] -> [X, M, B, H, C, D]."""
-    return _group_steps(x_BTHD[:, :, None], chunk_size)
+def _starts(row, stride: int):
+    return jnp.arange(0, row[0].shape[1], stride, dtype=jnp.int32)
 
 
-def _group_steps(x_BTNHD, chunk_size: int):
-    """[B, T, N, H, D] -> [X, M, B, H, C * N, D]; micro-steps are token-major."""
-    x = _pad_tokens(x_BTNHD, chunk_size)
-    batch, tokens, steps, heads, width = x.shape
-    x = x.reshape(batch, _groups(tokens, chunk_size), -1, chunk_size * steps, heads, width)
-    return x.transpose(1, 2, 0, 4, 3, 5)
+def _read(row, run, t, chunk: int, scale: float, dtype) -> chunk_lib.Chunk:
+    """The chunk that begins at token t."""
+    parts: Any = [None if x is None else _micro_steps(x, t, chunk).astype(dtype) for x in row]
+    q, k, v, beta, g = parts
+    entering = None
+    if run is not None:
+        before = jax.lax.dynamic_slice_in_dim(run, jnp.maximum(t - 1, 0), 1, axis=1)
+        entering = jnp.where(t > 0, before, 0)
+        run = jax.lax.dynamic_slice_in_dim(run, t, chunk, axis=1)[:, None]
+    g = None if g is None else g[..., 0]
+    decay = chunk_lib.decays(g, run, entering, q.shape[:-1], dtype)
+    return chunk_lib.prepare(scale * q, k, v, beta[..., 0], decay)
 
 
-def _ungroup_tokens(x, tokens: int):
-    """[X, M, B, H, C, D] -> [B, T, H, D]."""
-    return _ungroup_steps(x, tokens, 1)[:, :, 0]
+def _micro_steps(x_BTNHD, t, chunk: int):
+    """[B, H, chunk * N, D] from token t on; the steps of a token follow each other."""
+    x = jax.lax.dynamic_slice_in_dim(x_BTNHD, t, chunk, axis=1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:]).swapaxes(1, 2)
 
 
-def _ungroup_steps(x, tokens: int, steps: int):
-    """[X, M, B, H, C * N, D] -> [B, T, N, H, D]."""
-    *_, batch, heads, _, width = x.shape
-    x = x.transpose(2, 0, 1, 4, 3, 5).reshape(batch, -1, steps, heads, width)
-    return x[:, :tokens]
+def _write(x_BTNHD, t, part_BHLD):
+    """The reverse of ``_micro_steps``."""
+    batch, _, steps, heads, width = x_BTNHD.shape
+    part = part_BHLD.swapaxes(1, 2).reshape(batch, -1, steps, heads, width)
+    return jax.lax.dynamic_update_slice_in_dim(x_BTNHD, part.astype(x_BTNHD.dtype), t, axis=1)

@@ -161,20 +161,19 @@ def test_trajectory_of_one_chunk(trajectory):
         arrays = (t["q"] * t["scale"], t["k"], t["v"], t["beta"])
         chunk = chunk_lib.prepare(*map(jnp.asarray, arrays), decay)
         state = jnp.asarray(t["initial_state"])
-        u = chunk_lib.pseudo_values(chunk, state)
-        read = chunk.inverse_LL @ (chunk.beta_L1 * chunk.enter_L1 * chunk.k_LK)
+        read, _, u, final = chunk_lib.pass_state(chunk, state)
+        enter_L1 = chunk.enter_R1[tokens:]
         found = {
-            "A": chunk.beta_L1 * chunk.decay_LL * chunk.kk_LL,
+            "A": chunk.beta_L1 * chunk.w_RL[tokens:],
             "T_inv": chunk.inverse_LL,
-            "W": read,
+            "W": chunk.inverse_LL @ (chunk.beta_L1 * enter_L1 * chunk.k_LK),
             "U_tilde": chunk.inverse_LL @ (chunk.beta_L1 * chunk.v_LV),
             "U": u,
-            "P_mask": chunk.decay_CL,
-            "o": chunk_lib.outputs(chunk, u, state),
+            "P_mask": chunk.decay_RL[:tokens],
+            "o": chunk_lib.outputs(chunk, read, u),
         }
         for key, value in found.items():
             assert error(np.asarray(value), t[key]) <= 1e-12, key
-        final = chunk_lib.next_state(chunk, u, state)
         assert error(np.asarray(final), t["state_after_token"][-1]) <= 1e-12
 
 
