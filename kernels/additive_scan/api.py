@@ -1,5 +1,6 @@
 """Public functions of the additive scan: argument checks, then dispatch."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 
 from .. import dispatch
 from ..dtypes import accumulation_dtype
-from . import attention, reference, xla
+from . import attention, backend, reference, xla
+
+XLA = backend.Backend(xla.forward, xla.backward)
 
 IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(xla.additive_scan_xla),
+    "xla": dispatch.Implementation(functools.partial(backend.scan, forward=XLA, backward=XLA)),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
 }
 

@@ -82,6 +82,21 @@ def prepare(q_CK, k_CK, v_CV, f_CK, z_CK, before_K, run_C1=None, entering_run_1=
     )
 
 
+def normalisers(k_CK, before_K, run_C1=None, entering_run_1=None) -> jax.Array:
+    """z_i [C, K]: every token with its own maximum, for keys of any size."""
+    tokens = k_CK.shape[-2]
+    sees_CC = jnp.tril(jnp.ones((*k_CK.shape[:-1], tokens), bool))
+    before_CK = jnp.broadcast_to(before_K[..., None, :], k_CK.shape)
+    if run_C1 is not None:
+        sees_CC = sees_CC & (run_C1 == _transpose(run_C1))
+        before_CK = jnp.where(run_C1 == entering_run_1, before_CK, -jnp.inf)
+    keys_CCK = jnp.where(sees_CC[..., None], k_CK[..., None, :, :], -jnp.inf)
+    top_CK = jnp.maximum(jnp.max(keys_CCK, axis=-2), before_CK)
+    finite_CK = jnp.where(top_CK == -jnp.inf, 0, top_CK)
+    sum_CK = jnp.sum(jnp.exp(keys_CCK - finite_CK[..., :, None, :]), axis=-2)
+    return finite_CK + jnp.log(sum_CK + jnp.exp(before_CK - finite_CK))
+
+
 def outputs(chunk: Chunk, s_KV) -> jax.Array:
     """o [C, V]."""
     o_CV = _matmul(chunk.q_CK * chunk.enter_CK, s_KV)

@@ -1,159 +1,171 @@
-"""The additive recurrence in plain JAX: a scan over chunks, with its own backward.
+"""The additive recurrence in plain JAX: a scan over strides of the row, with its own backward.
 
-Layout: the row of T tokens is padded with tokens that are not there (k = -inf) and cut into X
-chunks of C tokens. The normaliser comes first, for all tokens; then ``lax.scan`` takes the state
-through the chunks. The residuals of the backward are the inputs, the normaliser and the state at
-the start of each chunk; the rest is recomputed.
+A step of ``lax.scan`` reads the chunks of a stride where they lie in the row and takes the state
+through them; the backward goes through them once more and then back. Rows run with the cheap form
+of a chunk (``quotients.py``); where that turns out to have lost keys, all is computed again with
+the exact one (``chunk.py``), so that no key is too large or too small.
 """
 
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from . import chunk as chunk_lib
-from .reference import State
+from . import chunk as chunk_lib, quotients
 
-CHUNK = 16  # tokens; 32 and 64 measured slower on CPU
-
-
-class _Inputs(NamedTuple):
-    """Scan inputs."""
-
-    q: jax.Array  # [X, B, H, C, K], scaled
-    k: jax.Array  # [X, B, H, C, K]
-    v: jax.Array  # [X, B, H, C, V]
-    f: jax.Array | None  # [X, B, H, C, K]
-    run: jax.Array | None  # [X, B, 1, C, 1], resets so far
-    entering_run: jax.Array | None  # [X, B, 1, 1, 1]
+CHUNK = 32  # tokens; of the exact form, whose pairs cost more, 16
 
 
-def additive_scan_xla(q, k, v, k_factor, state: State, reset, *, scale, chunk_size=None):
-    """Chunked additive scan; arguments and results as in ``reference.py``.
+class _Form(NamedTuple):
+    """How a chunk is computed."""
 
-    ``chunk_size`` is rounded up to a power of two.
-    """
-    chunk_size = min(chunk_size or CHUNK, q.shape[1])
-    chunk_size = 1 << (chunk_size - 1).bit_length()
-    run = None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
-    return _scan(q, k, v, k_factor, *state, run, float(scale), chunk_size)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _scan(q, k, v, f, s, z, run, scale, chunk_size):
-    return _scan_forward(q, k, v, f, s, z, run, scale, chunk_size)[0]
+    prepare: Callable[..., Any]
+    last: Callable[..., jax.Array]  # the normaliser after the chunk
+    outputs: Callable[..., jax.Array]
+    next_state: Callable[..., jax.Array]
+    backward: Callable[..., Any]
+    sound: Callable[..., Any]
+    unroll: bool  # chunks of a stride one after the other in the program, instead of in a loop
 
 
-def _scan_forward(q, k, v, f, s, z, run, scale, chunk_size):
-    inputs = _cut(q, k, v, f, run, scale, chunk_size, s.dtype)
-    z_XBHCK, before_XBHK, last_BHK = _normaliser(inputs, z)
-
-    def body(s_BHKV, chunk_inputs):
-        chunk = _prepare(*chunk_inputs)
-        o_BHCV = chunk_lib.outputs(chunk, s_BHKV).astype(q.dtype)
-        return chunk_lib.next_state(chunk, s_BHKV), (s_BHKV, o_BHCV)
-
-    s_end, (starts, o) = jax.lax.scan(body, s, (inputs, z_XBHCK, before_XBHK))
-    residuals = (q, k, v, f, run, z_XBHCK, before_XBHK, starts, s_end)
-    return (_join(o, q.shape[1]), (s_end, last_BHK)), residuals
+def _exact(q, k, v, f, before, run, entering) -> chunk_lib.Chunk:
+    z = chunk_lib.normalisers(k, before, run, entering)
+    return chunk_lib.prepare(q, k, v, f, z, before, run, entering)
 
 
-def _scan_backward(scale, chunk_size, residuals, cotangents):
-    q, k, v, f, run, z_XBHCK, before_XBHK, starts, s_end = residuals
-    do, (ds_end, dz_end) = cotangents
-    dtype = s_end.dtype
-    inputs = _cut(q, k, v, f, run, scale, chunk_size, dtype)
-    do_XBHCV = _cut_tokens(do.astype(dtype), chunk_size)
-
-    def body(carry, chunk_inputs):
-        *chunk_inputs, s_BHKV, do_BHCV = chunk_inputs
-        chunk = _prepare(*chunk_inputs)
-        *gradients, ds, r = chunk_lib.backward(chunk, s_BHKV, do_BHCV, *carry)
-        return (ds, r), tuple(gradients)
-
-    end = ds_end, jnp.sum(ds_end * s_end, axis=-1) - dz_end
-    xs = (inputs, z_XBHCK, before_XBHK, starts, do_XBHCV)
-    (ds, r), (dq, dk, dv, df) = jax.lax.scan(body, end, xs, reverse=True)
-    dz = jnp.where(before_XBHK[0] == -jnp.inf, 0, jnp.sum(ds * starts[0], axis=-1) - r)
-    dq, dk, dv = (_join(x, q.shape[1]) for x in (scale * dq, dk, dv))
-    df = None if f is None else _join(df, q.shape[1]).astype(f.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), df, ds, dz, None
+QUOTIENTS = _Form(
+    quotients.prepare,
+    lambda part: part.z_K,
+    *(quotients.outputs, quotients.next_state, quotients.backward),
+    lambda part: part.sound,
+    unroll=True,
+)
+EXACT = _Form(
+    _exact,
+    lambda part: part.z_CK[..., -1, :],
+    *(chunk_lib.outputs, chunk_lib.next_state, chunk_lib.backward),
+    lambda part: jnp.asarray(True),
+    unroll=False,
+)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def forward(q, k, v, f, state, run, *, scale, chunk, stride):
+    """Outputs, final state and the states at the start of all strides, as in ``backend.py``."""
+    run_with = functools.partial(_forward, q, k, v, f, state, run, scale, stride)
+    sound, results = run_with(QUOTIENTS, chunk or min(CHUNK, stride))
+    waits = jnp.any((state[1] == -jnp.inf) & jnp.any(state[0] != 0, axis=-1))
+    exact = lambda: run_with(EXACT, chunk or min(CHUNK // 2, stride))[1]
+    return jax.lax.cond(sound & ~waits, lambda: results, exact)
 
 
-def _prepare(inputs: _Inputs, z_BHCK, before_BHK) -> chunk_lib.Chunk:
-    q, k, v, f, run, entering_run = inputs
-    return chunk_lib.prepare(q, k, v, f, z_BHCK, before_BHK, run, entering_run)
+def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backend.py``."""
+    arguments = (q, k, v, f, run, starts, final, do, dfinal, scale, stride)
+    run_with = functools.partial(_backward, *arguments)
+    sound, results = run_with(QUOTIENTS, chunk or min(CHUNK, stride))
+    waits = jnp.any((starts[1][0] == -jnp.inf) & jnp.any(starts[0][0] != 0, axis=-1))
+    exact = lambda: run_with(EXACT, chunk or min(CHUNK // 2, stride))[1]
+    return jax.lax.cond(sound & ~waits, lambda: results, exact)
 
 
-def _normaliser(inputs: _Inputs, z_BHK):
-    """log sum exp of the keys so far: after each token, before each chunk, and at the end.
+def _forward(q, k, v, f, state, run, scale, stride, form: _Form, chunk: int):
+    row = _row(q, k, v, f, run, stride)
 
-    Every chunk runs through its own tokens with a running maximum and a sum of exponentials
-    relative to it, all chunks side by side; then the chunks are chained.
-    """
-    k_XBHCK, run, entering_run = inputs.k, inputs.run, inputs.entering_run
-    tokens_first = lambda x: jnp.moveaxis(x, 3, 0)
-    reset_CXBH1 = None
+    def one_chunk(carry, t):
+        (s_BHKV, z_BHK), o_BTHV, sound = carry
+        part = form.prepare(*_read(row, t, chunk, scale, s_BHKV.dtype, z_BHK))
+        o_BTHV = _write(o_BTHV, t, form.outputs(part, s_BHKV))
+        state = form.next_state(part, s_BHKV), form.last(part)
+        return (state, o_BTHV, sound & form.sound(part)), None
+
+    def one_stride(carry, start):
+        chunks = start + jnp.arange(0, stride, chunk, dtype=jnp.int32)
+        return jax.lax.scan(one_chunk, carry, chunks, unroll=form.unroll)[0], carry[0]
+
+    o_BTHV = jnp.zeros((*row[0].shape[:-1], v.shape[-1]), q.dtype)
+    carry = (state, o_BTHV, jnp.asarray(True))
+    (state, o_BTHV, sound), starts = jax.lax.scan(one_stride, carry, _starts(row, stride))
+    return sound, (o_BTHV[:, : q.shape[1]], state, starts)
+
+
+def _backward(q, k, v, f, run, starts, final, do, dfinal, scale, stride, form: _Form, chunk: int):
+    row, do_BTHV = _row(q, k, v, f, run, stride), _pad(do, stride)
+    dtype = starts[0].dtype
+    read = lambda t, z_BHK: form.prepare(*_read(row, t, chunk, scale, dtype, z_BHK))
+
+    def there(state, t):
+        part = read(t, state[1])
+        return (form.next_state(part, state[0]), form.last(part)), (state, form.sound(part))
+
+    def back(carry, chunk_inputs):
+        (ds_BHKV, r_BHK, gradients), (t, (s_BHKV, z_BHK)) = carry, chunk_inputs
+        do_BHCV = _heads_first(do_BTHV, t, chunk).astype(dtype)
+        *new, ds_BHKV, r_BHK = form.backward(read(t, z_BHK), s_BHKV, do_BHCV, ds_BHKV, r_BHK)
+        new[0] = scale * new[0]
+        gradients = [
+            None if whole is None else _write(whole, t, x)
+            for whole, x in zip(gradients, new, strict=True)
+        ]
+        return (ds_BHKV, r_BHK, gradients), None
+
+    def one_stride(carry, stride_inputs):
+        (*carry, sound), (start, state) = carry, stride_inputs
+        chunks = start + jnp.arange(0, stride, chunk, dtype=jnp.int32)
+        _, (states, sounds) = jax.lax.scan(there, state, chunks, unroll=form.unroll)
+        inputs = (chunks, states)
+        carry, _ = jax.lax.scan(back, tuple(carry), inputs, reverse=True, unroll=form.unroll)
+        return (*carry, sound & jnp.all(sounds)), None
+
+    ds_BHKV, dz_BHK = dfinal
+    r_BHK = jnp.sum(ds_BHKV * final[0], axis=-1) - dz_BHK
+    zeros = [None if x is None else jnp.zeros_like(x) for x in row[:4]]
+    carry = (ds_BHKV, r_BHK, zeros, jnp.asarray(True))
+    strides = (_starts(row, stride), starts)
+    (ds, r, gradients, sound), _ = jax.lax.scan(one_stride, carry, strides, reverse=True)
+    first_s, first_z = (x[0] for x in starts)
+    dz = jnp.where(first_z == -jnp.inf, 0, jnp.sum(ds * first_s, axis=-1) - r)
+    gradients = [None if x is None else x[:, : q.shape[1]] for x in gradients]
+    return sound, (*gradients, (ds, dz))
+
+
+def _row(q, k, v, f, run, stride: int) -> tuple[Any, ...]:
+    """Whole strides; a key of -inf is a token that is not there."""
+    k = _pad(k, stride, constant_values=-jnp.inf)
+    return _pad(q, stride), k, _pad(v, stride), _pad(f, stride), _pad(run, stride, mode="edge")
+
+
+def _pad(x, stride: int, **options):
+    if x is None:
+        return None
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, -x.shape[1] % stride)
+    return jnp.pad(x, padding, **options)
+
+
+def _starts(row, stride: int):
+    return jnp.arange(0, row[0].shape[1], stride, dtype=jnp.int32)
+
+
+def _read(row, t, chunk: int, scale: float, dtype, z_BHK):
+    """Arguments of ``prepare`` for the chunk that begins at token t."""
+    *inputs, run = row
+    parts: Any = [None if x is None else _heads_first(x, t, chunk).astype(dtype) for x in inputs]
+    q, k, v, f = parts
+    entering = None
     if run is not None:
-        before = jnp.concatenate([run[..., :1, :], run[..., :-1, :]], axis=-2)
-        reset_CXBH1 = tokens_first(run != before)
-
-    def token(carry, token_inputs):
-        (top, total), (k, reset) = carry, token_inputs
-        if reset is not None:
-            top, total = jnp.where(reset, -jnp.inf, top), jnp.where(reset, 0, total)
-        new = jnp.maximum(top, k)
-        finite = jnp.where(new == -jnp.inf, 0, new)
-        total = total * jnp.exp(top - finite) + jnp.exp(k - finite)
-        return (new, total), (new, total)
-
-    nothing = jnp.full_like(k_XBHCK[..., 0, :], -jnp.inf), jnp.zeros_like(k_XBHCK[..., 0, :])
-    _, (top, total) = jax.lax.scan(token, nothing, (tokens_first(k_XBHCK), reset_CXBH1))
-    own_XBHCK = jnp.moveaxis(top + jnp.log(total), 0, 3)
-
-    def chunk(before_BHK, chunk_inputs):
-        last_BHK, same_BH1 = chunk_inputs
-        carried = before_BHK if same_BH1 is None else jnp.where(same_BH1, before_BHK, -jnp.inf)
-        return jnp.logaddexp(carried, last_BHK), before_BHK
-
-    same = None if run is None else run == entering_run  # [X, B, 1, C, 1]
-    ends = (own_XBHCK[..., -1, :], None if same is None else same[..., -1, :])
-    z_end, before_XBHK = jax.lax.scan(chunk, z_BHK, ends)
-    carried = before_XBHK[..., None, :]
-    if same is not None:
-        carried = jnp.where(same, carried, -jnp.inf)
-    return jnp.logaddexp(carried, own_XBHCK), before_XBHK, z_end
+        before = jax.lax.dynamic_slice_in_dim(run, jnp.maximum(t - 1, 0), 1, axis=1)
+        entering = jnp.where(t > 0, before, 0)[:, None, :, None]
+        run = jax.lax.dynamic_slice_in_dim(run, t, chunk, axis=1)[:, None, :, None]
+    return scale * q, k, v, f, z_BHK, run, entering
 
 
-def _cut(q, k, v, f, run, scale, chunk_size, dtype) -> _Inputs:
-    """Casts, pads and cuts rows into chunks."""
-    entering_run = None
-    if run is not None:
-        run = _cut_tokens(run[:, :, None, None], chunk_size, mode="edge")
-        first = jnp.zeros_like(run[:1, ..., -1:, :])
-        entering_run = jnp.concatenate([first, run[:-1, ..., -1:, :]])
-    return _Inputs(
-        q=_cut_tokens(q.astype(dtype) * scale, chunk_size),
-        k=_cut_tokens(k.astype(dtype), chunk_size, constant_values=-jnp.inf),
-        v=_cut_tokens(v.astype(dtype), chunk_size),
-        f=None if f is None else _cut_tokens(f.astype(dtype), chunk_size),
-        run=run,
-        entering_run=entering_run,
-    )
+def _heads_first(x_BTHD, t, chunk: int):
+    """[B, H, chunk, D] from token t on."""
+    return jax.lax.dynamic_slice_in_dim(x_BTHD, t, chunk, axis=1).swapaxes(1, 2)
 
 
-def _cut_tokens(x_BTHD, chunk_size: int, **padding) -> jax.Array:
-    """[B, T, H, D] -> [X, B, H, C, D]."""
-    batch, tokens, heads, width = x_BTHD.shape
-    x = jnp.pad(x_BTHD, ((0, 0), (0, -tokens % chunk_size), (0, 0), (0, 0)), **padding)
-    return x.reshape(batch, -1, chunk_size, heads, width).transpose(1, 0, 3, 2, 4)
-
-
-def _join(x_XBHCD, tokens: int) -> jax.Array:
-    """[X, B, H, C, D] -> [B, T, H, D]."""
-    x = x_XBHCD.transpose(1, 0, 3, 2, 4)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
+def _write(x_BTHD, t, part_BHCD):
+    part = part_BHCD.swapaxes(1, 2).astype(x_BTHD.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x_BTHD, part, t, axis=1)

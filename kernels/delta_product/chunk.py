@@ -40,7 +40,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from ..products import product, transposed_product
 
 
 class Decay(NamedTuple):
@@ -114,7 +114,7 @@ def prepare(q_CK, k_LK, v_LV, beta_L, decay: Decay) -> Chunk:
     decay_RL = jnp.concatenate([decay_CL, decay_LL], axis=-2)
     enter_L = jnp.repeat(decay.enter_C, steps, axis=-1)
     y_RK = jnp.concatenate([q_CK, k_LK], axis=-2)
-    w_RL = decay_RL * _product("...rk,...sk->...rs", y_RK, k_LK)
+    w_RL = decay_RL * product("...rk,...sk->...rs", y_RK, k_LK)
     beta_L1 = beta_L[..., None]
     return Chunk(
         *(y_RK, k_LK, v_LV, beta_L1, decay_RL),
@@ -143,8 +143,8 @@ def unit_lower_inverse(a_LL: jax.Array) -> jax.Array:
         split = index[:, None] // block != index[None, :] // block
         added_LL = jnp.where(jnp.broadcast_to(joined & split, a_LL.shape), a_LL, 0)
         if block > 1:  # blocks of 1 have the identity as inverse: nothing to multiply
-            added_LL = _product("...ij,...jk->...ik", inverse_LL, added_LL)
-            added_LL = _product("...ij,...jk->...ik", added_LL, inverse_LL)
+            added_LL = product("...ij,...jk->...ik", inverse_LL, added_LL)
+            added_LL = product("...ij,...jk->...ik", added_LL, inverse_LL)
         inverse_LL = inverse_LL - added_LL
         block *= 2
     return inverse_LL
@@ -156,10 +156,10 @@ def pass_state(chunk: Chunk, state_KV) -> tuple[jax.Array, jax.Array, jax.Array,
     Returns:
       read_CV: e^G q H; error_LV: v - e^G k H; u_LV: the pseudo-values; the leaving state [K, V].
     """
-    read_RV = chunk.enter_R1 * _product("...rk,...kv->...rv", chunk.y_RK, state_KV)
+    read_RV = chunk.enter_R1 * product("...rk,...kv->...rv", chunk.y_RK, state_KV)
     error_LV = chunk.v_LV - read_RV[..., chunk.tokens :, :]
-    u_LV = _product("...sr,...rv->...sv", chunk.inverse_LL, chunk.beta_L1 * error_LV)
-    written_KV = _transposed_product(chunk.leave_L1 * chunk.k_LK, u_LV)
+    u_LV = product("...sr,...rv->...sv", chunk.inverse_LL, chunk.beta_L1 * error_LV)
+    written_KV = transposed_product(chunk.leave_L1 * chunk.k_LK, u_LV)
     state_KV = chunk.across_11 * state_KV + written_KV
     return read_RV[..., : chunk.tokens, :], error_LV, u_LV, state_KV
 
@@ -167,7 +167,7 @@ def pass_state(chunk: Chunk, state_KV) -> tuple[jax.Array, jax.Array, jax.Array,
 def outputs(chunk: Chunk, read_CV, u_LV) -> jax.Array:
     """o: [..., C, V]."""
     p_CL = chunk.w_RL[..., : chunk.tokens, :]
-    return read_CV + _product("...ts,...sv->...tv", p_CL, u_LV)
+    return read_CV + product("...ts,...sv->...tv", p_CL, u_LV)
 
 
 def backward(chunk: Chunk, state_KV, error_LV, u_LV, do_CV, dstate_KV, dlater):
@@ -186,21 +186,21 @@ def backward(chunk: Chunk, state_KV, error_LV, u_LV, do_CV, dstate_KV, dlater):
     """
     tokens = chunk.tokens
     p_CL, m_LL = chunk.w_RL[..., :tokens, :], chunk.w_RL[..., tokens:, :]
-    left_LV = chunk.leave_L1 * _product("...sk,...kv->...sv", chunk.k_LK, dstate_KV)
-    e_LV = _transposed_product(chunk.inverse_LL, _transposed_product(p_CL, do_CV) + left_LV)
+    left_LV = chunk.leave_L1 * product("...sk,...kv->...sv", chunk.k_LK, dstate_KV)
+    e_LV = transposed_product(chunk.inverse_LL, transposed_product(p_CL, do_CV) + left_LV)
     dv_LV = chunk.beta_L1 * e_LV
-    held_LV = _product("...sr,...rv->...sv", m_LL, u_LV)  # by the chunk; error_LV has H's part
+    held_LV = product("...sr,...rv->...sv", m_LL, u_LV)  # by the chunk; error_LV has H's part
     dbeta_L = jnp.sum(e_LV * (error_LV - held_LV), axis=-1)
 
     x_RV = jnp.concatenate([do_CV, -dv_LV], axis=-2)
-    dw_RL = chunk.decay_RL * _product("...rv,...sv->...rs", x_RV, u_LV)
-    dy_RK = chunk.enter_R1 * _product("...rv,...kv->...rk", x_RV, state_KV)
-    dy_RK = dy_RK + _product("...rs,...sk->...rk", dw_RL, chunk.k_LK)
+    dw_RL = chunk.decay_RL * product("...rv,...sv->...rs", x_RV, u_LV)
+    dy_RK = chunk.enter_R1 * product("...rv,...kv->...rk", x_RV, state_KV)
+    dy_RK = dy_RK + product("...rs,...sk->...rk", dw_RL, chunk.k_LK)
     dq_CK, dk_LK = dy_RK[..., :tokens, :], dy_RK[..., tokens:, :]
-    dk_LK = dk_LK + _transposed_product(dw_RL, chunk.y_RK)
-    dk_LK = dk_LK + chunk.leave_L1 * _product("...sv,...kv->...sk", u_LV, dstate_KV)
+    dk_LK = dk_LK + transposed_product(dw_RL, chunk.y_RK)
+    dk_LK = dk_LK + chunk.leave_L1 * product("...sv,...kv->...sk", u_LV, dstate_KV)
     dentering_KV = chunk.across_11 * dstate_KV
-    dentering_KV = dentering_KV + _transposed_product(chunk.enter_R1 * chunk.y_RK, x_RV)
+    dentering_KV = dentering_KV + transposed_product(chunk.enter_R1 * chunk.y_RK, x_RV)
 
     dg_C = _decay_gradient(chunk, dq_CK, dv_LV, dlater)
     return dq_CK, dk_LK, dv_LV, dbeta_L, dg_C, dentering_KV, dg_C[..., 0]
@@ -218,18 +218,3 @@ def _decay_gradient(chunk: Chunk, dq_CK, dv_LV, dlater):
     dvalue_C = jnp.sum(dvalue_L.reshape(*dvalue_L.shape[:-1], tokens, -1), axis=-1)
     dsum_C = jnp.sum(chunk.y_RK[..., :tokens, :] * dq_CK, axis=-1) - dvalue_C
     return jax.lax.cumsum(dsum_C, axis=dsum_C.ndim - 1, reverse=True) + dlater[..., None]
-
-
-def _product(equation: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *arrays, precision=HIGHEST)
-
-
-def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T b: [..., i, m], [..., i, n] -> [..., m, n].
-
-    XLA's products of a transposed left factor run at half the speed of others on CPU, or less, if
-    it folds the transposition into them: there the transpose is made first.
-    """
-    if jax.default_backend() != "cpu":
-        return _product("...im,...in->...mn", a, b)
-    return _product("...mi,...in->...mn", jax.lax.optimization_barrier(jnp.swapaxes(a, -1, -2)), b)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scanax.kernels import additive_attention, additive_scan, additive_step
-from scanax.kernels.additive_scan import attention
+from scanax.kernels.additive_scan import attention, quotients
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -269,3 +269,18 @@ def test_several_factors_are_the_same_keys_several_times(what):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(True), run(False))
     with pytest.raises(ValueError, match="k has shape"):
         functions[what](arguments[0], arguments[1][..., :3], *arguments[2:])
+
+
+@pytest.mark.parametrize("rise", [60.0, 80.0])
+def test_one_reference_serves_until_keys_rise_too_far(rise):
+    """The cheap form of a chunk says when it has lost keys; the scan is right on both sides."""
+    inputs = arrays(Case((1, 16, 1, 4, 4)))
+    inputs["k"] = inputs["k"].at[:, 11].add(rise)
+    first = [inputs[name][0, :, 0] for name in ("q", "k", "v")]
+    part = quotients.prepare(*first, None, jnp.full((4,), -jnp.inf))
+    assert bool(part.sound) == (rise < 70)
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(np.asarray(x), jnp.float64) for name, x in inputs.items()}
+        expected, _ = additive_scan(**wide, implementation="reference")
+    o, _ = additive_scan(**inputs, implementation="xla", chunk_size=16)
+    np.testing.assert_allclose(o, expected, atol=2e-6)
