@@ -10,4 +10,8 @@ for folder in FOLDERS:
         packages.append(f"scanax.{package}")
         package_dir[f"scanax.{package}"] = package.replace(".", "/")
 
-setup(packages=packages, package_dir=package_dir)
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"scanax.kernels": ["*.json"]},
+)

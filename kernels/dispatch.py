@@ -1,14 +1,21 @@
 """Choice of an implementation: a table per operation, and one rule.
 
-``implementation=None`` takes the first entry of the platform's order that supports the
-call. A named implementation is never replaced by another one: it runs, or it raises an
+``implementation=None`` takes what was measured to be the fastest on this kind of device
+(``defaults.json``, which ``python -m scanax.kernels.bench_defaults`` writes), and otherwise the
+first entry of the table that supports the call; an entry that needs to have been timed is never
+taken unmeasured. A named implementation is never replaced by another one: it runs, or it raises an
 error that says why it cannot and which name would work.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
+import json
+import math
+import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 
 
@@ -21,15 +28,32 @@ class Implementation:
       supports: called with the same arguments; returns None if they are supported, else
         the reason why not.
       platforms: platforms on which this implementation may be picked by default.
+      measured: it is picked by default only on a kind of device on which it was timed.
     """
 
     run: Callable[..., Any]
     supports: Callable[..., str | None] = lambda *args, **kwargs: None
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    measured: bool = False
 
 
-def call(operation: str, table: Mapping[str, Implementation], name: str | None, *args, **kwargs):
-    """Runs implementation ``name`` of ``operation``, or the first that fits if it is None.
+def call(
+    operation: str,
+    table: Mapping[str, Implementation],
+    name: str | None,
+    *args,
+    size: tuple[int, int] | None = None,
+    **kwargs,
+):
+    """Runs implementation ``name`` of ``operation``, or the fastest that fits if it is None.
+
+    Args:
+      operation: its name in messages and in ``defaults.json``.
+      table: of its implementations; their order is the order of choice where nothing is measured.
+      name: of one of them, or None.
+      *args: for the implementation.
+      size: tokens and width of a head, by which measurements are looked up.
+      **kwargs: for the implementation.
 
     Raises:
       ValueError: if there is no implementation of that name, or it does not support the
@@ -39,7 +63,13 @@ def call(operation: str, table: Mapping[str, Implementation], name: str | None, 
     usable = [key for key, reason in reasons.items() if reason is None]
     if name is None:
         platform = jax.default_backend()
-        name = next((key for key in usable if platform in table[key].platforms), None)
+        fits = lambda key: platform in table[key].platforms and not table[key].measured
+        name = next((key for key in usable if fits(key)), None)
+        fastest = size and fastest_measured(operation, jax.devices()[0].device_kind, *size)
+        if fastest in usable:
+            name = fastest
+        elif fastest in reasons:
+            _log_once(f"{operation}: {name!r} in place of {fastest!r}, because {reasons[fastest]}")
         if name is None:
             raise ValueError(f"{operation}: no implementation runs here on {platform!r}: {reasons}")
     elif name not in table:
@@ -52,3 +82,23 @@ def call(operation: str, table: Mapping[str, Implementation], name: str | None, 
             f" Usable here: {usable}"
         )
     return table[name].run(*args, **kwargs)
+
+
+@functools.cache
+def fastest_measured(operation: str, device: str, tokens: int, width: int) -> str | None:
+    """The fastest at the measured size that is nearest to this one, or None for other devices."""
+    rows = [row for row in _measurements() if row["operation"] == operation]
+    rows = [row for row in rows if row["device"] == device]
+    distance = lambda a, b: abs(math.log(a / b))
+    away = lambda row: distance(row["tokens"], tokens) + distance(row["width"], width)
+    return min(rows, key=away)["fastest"] if rows else None
+
+
+@functools.cache
+def _measurements() -> list[dict[str, Any]]:
+    return json.loads(pathlib.Path(__file__).with_name("defaults.json").read_text())
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.info(message)

@@ -81,6 +81,7 @@ def additive_scan(
         *(q, _masked(k, mask), v, k_factor, (s, z), reset),
         scale=key_dim**-0.5 if scale is None else scale,
         chunk_size=chunk_size,
+        size=(q.shape[1], key_dim),
     )
     return o if mask is None else jnp.where(mask[:, :, None, None], o, 0), state
 

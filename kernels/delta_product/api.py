@@ -78,6 +78,7 @@ def delta_product(
         *(q, k, v, beta, g, initial_state.astype(dtype), reset),
         scale=scale,
         chunk_size=chunk_size,
+        size=(q.shape[1], key_dim),
     )
 
 

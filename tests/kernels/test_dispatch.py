@@ -4,6 +4,8 @@ import jax
 import pytest
 
 from scanax.kernels import dispatch
+from scanax.kernels.additive_scan import api as additive_api
+from scanax.kernels.delta_product import api as delta_api
 
 PLATFORM = jax.default_backend()
 TABLE = {
@@ -29,3 +31,50 @@ def test_a_name_is_never_replaced():
 def test_nothing_fits():
     with pytest.raises(ValueError, match=f"no implementation runs here on '{PLATFORM}'"):
         dispatch.call("op", {"fast": TABLE["fast"]}, None, 30)
+
+
+ROWS = [
+    {"operation": "op", "device": "a", "tokens": 16, "width": 64, "fastest": "slow"},
+    {"operation": "op", "device": "a", "tokens": 4096, "width": 64, "fastest": "timed"},
+    {"operation": "op", "device": "b", "tokens": 16, "width": 64, "fastest": "fast"},
+    {"operation": "other", "device": "a", "tokens": 100, "width": 64, "fastest": "fast"},
+]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measurements of the device that runs the test."""
+    here = jax.devices()[0].device_kind
+    rows = [{**row, "device": here if row["device"] == "a" else "b"} for row in ROWS]
+    monkeypatch.setattr(dispatch, "_measurements", lambda: rows)
+    dispatch.fastest_measured.cache_clear()
+    yield
+    dispatch.fastest_measured.cache_clear()
+
+
+def test_the_nearest_measurement_decides(measured):
+    timed = dispatch.Implementation(lambda x: ("timed", x), measured=True)
+    table = {"timed": timed, **TABLE}
+    assert dispatch.call("op", table, None, 3, size=(20, 32)) == ("slow", 3)
+    assert dispatch.call("op", table, None, 3, size=(2000, 64)) == ("timed", 3)
+    assert dispatch.call("unmeasured", table, None, 3, size=(2000, 64)) == ("fast", 3)
+
+
+def test_what_cannot_run_is_replaced_with_one_logged_reason(measured, caplog):
+    busy = dispatch.Implementation(lambda x: ("timed", x), lambda x: "it is busy", measured=True)
+    caplog.set_level("INFO", "absl")
+    dispatch._log_once.cache_clear()
+    for _ in range(2):
+        assert dispatch.call("op", {**TABLE, "timed": busy}, None, 3, size=(4096, 64))[0] == "fast"
+    assert [r.getMessage() for r in caplog.records] == [
+        "op: 'fast' in place of 'timed', because it is busy"
+    ]
+
+
+def test_every_measured_default_is_an_implementation():
+    tables = {
+        "delta_product": delta_api.IMPLEMENTATIONS,
+        "additive_scan": additive_api.IMPLEMENTATIONS,
+    }
+    for row in dispatch._measurements():
+        assert row["fastest"] in tables[row["operation"]]
