@@ -10,10 +10,23 @@ from .. import dispatch
 from ..dtypes import accumulation_dtype
 from . import attention, backend, reference, xla
 
-XLA = backend.Backend(xla.forward, xla.backward)
+BACKENDS = {
+    "xla": backend.Backend(xla.forward, xla.backward),
+}
+
+
+def _both_ways(name: str, **options) -> dispatch.Implementation:
+    """A backend's forward with its own backward."""
+    both = {"forward": BACKENDS[name], "backward": BACKENDS[name]}
+    return dispatch.Implementation(
+        functools.partial(backend.scan, **both),
+        functools.partial(backend.supports, **both),
+        **options,
+    )
+
 
 IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(functools.partial(backend.scan, forward=XLA, backward=XLA)),
+    "xla": _both_ways("xla"),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
 }
 

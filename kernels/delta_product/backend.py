@@ -28,25 +28,59 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..per_device import per_device
+
 CHECKPOINT = 128  # micro-steps between two states that are kept
 
 
+INPUTS = ("BTHK", "BTNHK", "BTNHV", "BTNH", "BTH", "BHKV", "BT")
+RESIDUALS = ("BTHK", "BTNHK", "BTNHV", "BTNH", "BTH", "BT", "XBHKV", "BTHV", "BHKV")
+
+
 class Backend(NamedTuple):
+    """The two functions, what they support, and whether the compiler can divide them.
+
+    ``supports`` takes the arguments of ``forward`` and returns None or the reason why not.
+    """
+
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    supports: Callable[..., str | None] = lambda *args, **options: None
+    divisible: bool = True
 
 
 def scan(q, k, v, beta, g, state, reset, *, scale, chunk_size, forward: Backend, backward: Backend):
     """The scan with one backend's forward and one's backward; arguments as in ``reference.py``."""
+    sizes = _sizes(k, chunk_size)
+    static = (forward, backward, float(scale), *sizes)
+    return _scan(q, k, v, beta, g, state, _runs(reset), static)
+
+
+def supports(
+    q, k, v, beta, g, state, reset, *, scale, chunk_size, forward: Backend, backward: Backend
+) -> str | None:
+    """Why :func:`scan` cannot run on these arguments, or None."""
+    chunk, stride = _sizes(k, chunk_size)
+    arguments = (q, k, v, beta, g, state, _runs(reset))
+    reasons = (
+        backend.supports(*arguments, scale=scale, chunk=chunk, stride=stride)
+        for backend in (forward, backward)
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _runs(reset):
+    return None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
+
+
+def _sizes(k, chunk_size: int | None) -> tuple[int | None, int]:
+    """Chunk and stride."""
     tokens, steps = k.shape[1:3]
-    run = None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
     stride = min(_power_of_two(tokens), _power_of_two(max(1, CHECKPOINT // steps) + 1) // 2)
-    chunk = None
-    if chunk_size is not None:
-        chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))
-        stride = max(stride, chunk)
-    static = (forward, backward, float(scale), chunk, stride)
-    return _scan(q, k, v, beta, g, state, run, static)
+    if chunk_size is None:
+        return None, stride
+    chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))
+    return chunk, max(stride, chunk)
 
 
 def _power_of_two(number: int) -> int:
@@ -60,16 +94,20 @@ def _scan(q, k, v, beta, g, state, run, static):
 
 
 def _scan_forward(q, k, v, beta, g, state, run, static):
-    forward, _, scale, chunk, stride = static
-    options = {"scale": scale, "chunk": chunk, "stride": stride}
-    o, final, starts = forward.forward(q, k, v, beta, g, state, run, **options)
+    backend, _, scale, chunk, stride = static
+    function = functools.partial(backend.forward, scale=scale, chunk=chunk, stride=stride)
+    if not backend.divisible:
+        function = per_device(function, INPUTS, ("BTHV", "BHKV", "XBHKV"))
+    o, final, starts = function(q, k, v, beta, g, state, run)
     return (o, final), (q, k, v, beta, g, run, starts)
 
 
 def _scan_backward(static, residuals, cotangents):
-    _, backward, scale, chunk, stride = static
-    options = {"scale": scale, "chunk": chunk, "stride": stride}
-    return *backward.backward(*residuals, *cotangents, **options), None
+    _, backend, scale, chunk, stride = static
+    function = functools.partial(backend.backward, scale=scale, chunk=chunk, stride=stride)
+    if not backend.divisible:
+        function = per_device(function, RESIDUALS, INPUTS[:6])
+    return *function(*residuals, *cotangents), None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

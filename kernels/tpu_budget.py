@@ -1,0 +1,220 @@
+"""Compiles the TPU kernels without a TPU, and keeps their length within a budget.
+
+  pip install -e '.[tpu]'
+  python -m scanax.kernels.tpu_budget [--chips v5e,v5p,v6e] [--update]
+
+libtpu compiles for chips that are not there and tells how many bundles (very long instructions, one
+a cycle) the schedule of a kernel has. That is not a time, for it leaves out what waits for memory,
+but it is the same in every run of one libtpu and ranks variants of a kernel. Counts are given per
+head and 64 tokens, and compared with ``tpu_budget.json``: a kernel that does not compile, or that
+is more than 5 % longer than its budget, is an error. ``--update`` writes the counts there instead.
+Another libtpu than that of the budget schedules otherwise: then only compilation is checked.
+"""
+
+import collections
+from collections.abc import Iterator
+import concurrent.futures
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+from absl import app, flags
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from .additive_scan import api as additive_api
+from .delta_product import api as delta_api
+
+BUDGET = pathlib.Path(__file__).with_name("tpu_budget.json")
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOKENS, HEADS = 1024, 8
+TOLERANCE = 1.05
+
+
+class Case(NamedTuple):
+    """One kernel: what is compiled, with K = V = width."""
+
+    operation: str
+    direction: str
+    dtype: str
+    width: int
+    steps: int  # N; 1 for the additive scan
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+def cases() -> Iterator[Case]:
+    """All that are checked; gated, on each of the chips."""
+    for dtype, width in itertools.product(("bfloat16", "float32"), (64, 128)):
+        for direction in ("forward", "backward"):
+            for steps in (1, 2, 3):
+                yield Case("delta_product", direction, dtype, width, steps)
+            yield Case("additive_scan", direction, dtype, width, 1)
+
+
+def define_flags() -> None:
+    """For the command alone: a process that imports this module may have others of these names."""
+    flags.DEFINE_list("chips", list(TOPOLOGIES), "To compile for.")
+    flags.DEFINE_bool("update", False, "Write the counts as the new budget.")
+    flags.DEFINE_string("chip", "", "Of a process that this command starts.")
+
+
+def main(argv: list[str]) -> None:
+    given = flags.FLAGS
+    if given.chip:
+        compile_all(given.chip)
+        return
+    unknown = [chip for chip in given.chips if chip not in TOPOLOGIES]
+    if len(argv) > 1 or unknown:
+        wrong = unknown[0] if unknown else argv[1]
+        print(f"error: {wrong!r}; chips are {', '.join(TOPOLOGIES)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        libtpu = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        print("error: this needs libtpu: pip install -e '.[tpu]'", file=sys.stderr)
+        sys.exit(2)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = dict(zip(given.chips, pool.map(compiled, given.chips), strict=True))
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"libtpu": "", "bundles": {}}
+    print(table(counts))
+    if given.update:
+        bundles = {**(budget["bundles"] if budget["libtpu"] == libtpu else {}), **counts}
+        BUDGET.write_text(json.dumps({"libtpu": libtpu, "bundles": bundles}, indent=2) + "\n")
+        return
+    if budget["libtpu"] != libtpu:
+        print(f"\nlibtpu {libtpu}; the budget is of {budget['libtpu']}: compiled, not compared")
+        return
+    problems = over_budget(counts, budget["bundles"])
+    print("\n".join(["", *problems]) if problems else "\nwithin the budget")
+    sys.exit(1 if problems else 0)
+
+
+def over_budget(counts: dict[str, dict[str, float]], budget: dict[str, Any]) -> list[str]:
+    """A line for each kernel that is longer than its budget, or has none."""
+    problems = []
+    for chip, kernels in counts.items():
+        for case, bundles in kernels.items():
+            allowed = budget.get(chip, {}).get(case)
+            if allowed is None:
+                problems.append(f"{chip} {case}: no budget; --update writes one")
+            elif bundles > TOLERANCE * allowed:
+                problems.append(f"{chip} {case}: {bundles:.0f} bundles, budget {allowed:.0f}")
+    return problems
+
+
+def compiled(chip: str) -> dict[str, float]:
+    """Bundles per head and 64 tokens of every case, from a process of its own.
+
+    libtpu takes its options when it is loaded, and can only be loaded for one kind of chip.
+
+    Raises:
+      RuntimeError: if a kernel does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "LIBTPU_INIT_ARGS": dump,
+            "SCANAX_BUNDLES": folder,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5e-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+        }
+        command = [sys.executable, "-m", "scanax.kernels.tpu_budget", f"--chip={chip}"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{chip}: a kernel does not compile:\n{run.stderr[-4000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compile_all(chip: str) -> None:
+    """Compiles every case for a chip and prints the counts; the process has libtpu's options."""
+    folder = pathlib.Path(os.environ["SCANAX_BUNDLES"])
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    mesh = Mesh(np.array(devices), ("x",))
+    counts, seen = {}, set()
+    for case in cases():
+        print(f"{chip} {case}", file=sys.stderr)
+        function, arguments, per_step = kernel(case, mesh)
+        function.lower(*arguments).compile()
+        files = set(folder.glob(f"*{case.operation}*schedule-analysis_final_bundles.txt"))
+        texts = [file.read_text() for file in files - seen]
+        seen |= files
+        bundles = [
+            int(x) for text in texts for x in re.findall(r"total scheduled bundles\D*(\d+)", text)
+        ]
+        counts[str(case)] = max(bundles) / per_step
+    print(json.dumps(counts))
+
+
+def kernel(case: Case, mesh: Mesh):
+    """The compiled function, its arguments, and the head-chunks of 64 tokens of a grid step."""
+    devices = mesh.size
+    array = lambda spec, dtype, *shape: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    rows, later = PartitionSpec("x"), PartitionSpec(None, "x")
+    given = functools.partial(array, rows, jnp.dtype(case.dtype), devices, TOKENS)
+    wide = functools.partial(array, rows, jnp.float32, devices)
+    width, steps = case.width, case.steps
+    if case.operation == "delta_product":
+        stride = {1: 128, 2: 64, 3: 32}[steps]
+        q, k = given(HEADS, width), given(steps, HEADS, width)
+        beta, g = wide(TOKENS, steps, HEADS), wide(TOKENS, HEADS)
+        state = wide(HEADS, width, width)
+        starts = array(later, jnp.float32, TOKENS // stride, *state.shape)
+        inputs = (q, k, k, beta, g)
+        backend = delta_api.BACKENDS["pallas_tpu"]
+        forward, backward = (*inputs, state, None), (*inputs, None, starts, q, state)
+    else:
+        stride, q = 64, given(HEADS, width)
+        state = wide(HEADS, width, width), wide(HEADS, width)
+        starts = tuple(array(later, jnp.float32, TOKENS // stride, *x.shape) for x in state)
+        backend = additive_api.BACKENDS["pallas_tpu"]
+        forward = (q, q, q, None, state, None)
+        backward = (q, q, q, None, None, starts, state, q, state)
+    ahead = case.direction == "forward"
+    function = backend.forward if ahead else backend.backward
+    arguments = forward if ahead else backward
+    options = {"scale": width**-0.5, "chunk": None, "stride": stride}
+    local = jax.shard_map(
+        functools.partial(function, **options),
+        mesh=mesh,
+        in_specs=jax.tree.map(lambda x: x.sharding.spec, arguments),
+        out_specs=(rows, rows, later) if ahead else rows,
+        check_vma=False,
+    )
+    return jax.jit(local), arguments, HEADS * stride / 64
+
+
+def table(counts: dict[str, dict[str, float]]) -> str:
+    """Bundles per head and 64 tokens, as a Markdown table."""
+    rows = collections.defaultdict(dict)
+    for chip, kernels in counts.items():
+        for case, bundles in kernels.items():
+            rows[case][chip] = f"{bundles:.0f}"
+    head = ["kernel dtype K=V N", *counts]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for case, row in rows.items():
+        lines.append("| " + " | ".join([case, *(row.get(chip, "") for chip in counts)]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
