@@ -136,6 +136,7 @@ def benchmark(
     arguments = operation.inputs(shape, gated)
     a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
     gemm = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    calls: dict[tuple[str, str], Callable[[], float]]
     calls = {("gemm", ""): functools.partial(seconds, gemm, a)}
     compiled = {}
     for name in operation.implementations():

@@ -104,6 +104,7 @@ def decoding(shape: Shape, steps: int | None, tokens: int):
     batch, heads, key_dim, value_dim = shape
     widths = (batch, tokens, heads, key_dim, value_dim)
     state: Any = jnp.zeros(shape)
+    function: Callable[..., Any]
     if steps is None:
         inputs = bench.OPERATIONS["additive_scan"].inputs(widths, True)
         state = state, jnp.full((batch, heads, key_dim), -jnp.inf)

@@ -67,6 +67,7 @@ def benchmark(
     tokens: int, heads: tuple[int, ...], steps: list[int], repetitions: int, memory_gb: float
 ) -> list[dict[str, Any]]:
     """Rows for forward and forward+backward of every scan on one row of ``tokens``."""
+    scans: list[tuple[str, str, tuple[int, ...]]]
     scans = [(f"delta_product N={n}", "delta_product", (1, tokens, *heads, n)) for n in steps]
     scans.append(("additive_scan", "additive_scan", (1, tokens, *heads)))
     rows = []
@@ -124,7 +125,10 @@ def exponent(curve: list[dict[str, Any]], quantity: str) -> float:
     """a of quantity ~ T^a, over the upper half of the lengths that have it; nan if they are few."""
     points = [(row["tokens"], row[quantity]) for row in curve if row[quantity]]
     points = points[(len(points) - 1) // 2 :]
-    return float(np.polyfit(*np.log(points).T, 1)[0]) if len(points) > 1 else float("nan")
+    if len(points) < 2:
+        return float("nan")
+    tokens, values = np.log(points).T
+    return float(np.polyfit(tokens, values, 1)[0])
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
