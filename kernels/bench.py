@@ -78,6 +78,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
     flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
     flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
+    flags.DEFINE_list(
+        "without", [], "Those left out: the gradients of torch's are slow in long rows."
+    )
     flags.DEFINE_string("jla_python", "", "An interpreter with jax-linear-attention: times it too.")
     flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 
@@ -91,6 +94,9 @@ def main(argv: list[str]) -> None:
         texts = (given.shapes or operation.shapes).split(";")
         shapes = [parse_shape(operation.dimensions, text) for text in texts]
         others = peers.installed(given.operation, given.jla_python) if given.peers else {}
+        for name in given.without:
+            if others.pop(name, None) is None:
+                raise ValueError(f"--without: {name!r} is not a peer that would run here")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -191,6 +191,7 @@ def test_decoding_is_the_scan_token_by_token():
     [
         ("bench", "--shapes=1,5", "6 positive integers B,T,H,K,V,N"),
         ("bench", "--jla_python=no_such_python", "is not an interpreter"),
+        ("bench", "--without=xla", "'xla' is not a peer"),
         ("bench_linear", "--steps=1", "--picture is missing"),
         ("bench_decode", "--shapes=1,2", "4 positive integers B,H,K,V"),
     ],
