@@ -10,7 +10,8 @@ implementations are interleaved, so that a busy machine hurts them alike: quote 
 the times. The GEMM floor is the time that the operation's FLOPs would take at the rate of a large
 float32 matrix product of the same run.
 Implementations of other packages run beside ours where they are installed (``peers.py``), after
-their outputs have been compared with ours.
+their outputs have been compared with ours. jax-linear-attention needs an interpreter of its own:
+--jla_python names the one that has it.
 FLOPs are those of the definition, per token and head: delta_product has 4 K V for each Householder
 step (read and write of the state) and 4 K V for decay and read, additive_scan 3 K V for decay and
 write and 2 K V for the read; expert_mlp has 4 D F per token and choice; backward counted as twice
@@ -19,10 +20,11 @@ well, and its figure for temporary buffers; of a scan the compiler counts one tu
 """
 
 from collections.abc import Callable, Collection, Mapping
+import contextlib
+import functools
 import json
 import statistics
 import sys
-import time
 from typing import Any, NamedTuple
 
 from absl import app, flags
@@ -30,11 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import Experts, additive_scan, delta_product, expert_mlp, peers
+from . import Experts, additive_scan, delta_product, dispatch, expert_mlp, peers
 from .additive_scan import api as additive_api
 from .delta_product import api as delta_api
 
 GEMM_SIZE = 2048
+WHATS = ("forward", "forward+backward")
 
 Shape = tuple[int, ...]
 
@@ -75,6 +78,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("gated", True, "delta_product: with a log decay per token.")
     flags.DEFINE_integer("repetitions", 7, "Timed calls of each.", lower_bound=1)
     flags.DEFINE_bool("peers", True, "Also time other packages' implementations.")
+    flags.DEFINE_list(
+        "without", [], "Those left out: the gradients of torch's are slow in long rows."
+    )
+    flags.DEFINE_string("jla_python", "", "An interpreter with jax-linear-attention: times it too.")
     flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 
 
@@ -85,31 +92,39 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         operation = OPERATIONS[given.operation]
         texts = (given.shapes or operation.shapes).split(";")
-        shapes = [parse_shape(operation, text) for text in texts]
+        shapes = [parse_shape(operation.dimensions, text) for text in texts]
+        others = peers.installed(given.operation, given.jla_python) if given.peers else {}
+        for name in given.without:
+            if others.pop(name, None) is None:
+                raise ValueError(f"--without: {name!r} is not a peer that would run here")
     except ValueError as error:
-        print(f"error: --shapes: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32\n")
-    known = peers.installed() if given.peers and given.operation == "delta_product" else {}
-    options = (given.gated, given.repetitions, known)
+    options = (given.gated, given.repetitions, others)
     rows = [row for shape in shapes for row in benchmark(operation, shape, *options)]
     print(table(operation, rows))
     if given.out:
-        with open(given.out, "w") as file:
-            device = jax.devices()[0].device_kind
-            json.dump({"jax": jax.__version__, "device": device, "rows": rows}, file, indent=2)
+        save(given.out, rows)
 
 
-def parse_shape(operation: Operation, text: str) -> Shape:
-    """ "4,2048,4,64,64,1" -> (B, T, H, K, V, N)."""
+def parse_shape(dimensions: str, text: str) -> Shape:
+    """ "B,T,H,K,V,N", "4,2048,4,64,64,1" -> (4, 2048, 4, 64, 64, 1)."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    names = operation.dimensions
-    if len(numbers) != 1 + names.count(",") or min(numbers) < 1:
-        raise ValueError(f"{text!r} is not {1 + names.count(',')} positive integers {names}")
+    count = 1 + dimensions.count(",")
+    if len(numbers) != count or min(numbers) < 1:
+        raise ValueError(f"{text!r} is not a shape: {count} positive integers {dimensions}")
     return numbers
+
+
+def save(path: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Writes figures as JSON, with what they were measured on."""
+    about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    with open(path, "w") as file:
+        json.dump({**about, **more, "rows": rows}, file, indent=2)
 
 
 def benchmark(
@@ -117,7 +132,7 @@ def benchmark(
     shape: Shape,
     gated: bool,
     repetitions: int,
-    others: Mapping[str, Callable[..., peers.Timed]],
+    others: Mapping[str, peers.Maker],
 ) -> list[dict[str, Any]]:
     """Rows for forward and forward+backward of every implementation at one shape.
 
@@ -126,28 +141,30 @@ def benchmark(
     """
     arguments = operation.inputs(shape, gated)
     a = jnp.ones((GEMM_SIZE, GEMM_SIZE), jnp.float32)
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    gemm = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    calls: dict[tuple[str, str], Callable[[], float]]
+    calls = {("gemm", ""): functools.partial(seconds, gemm, a)}
     compiled = {}
     for name in operation.implementations():
-        forward, both = functions(operation, name)
-        for what, function in (("forward", forward), ("forward+backward", both)):
-            calls[what, name] = lambda f=function: f(*arguments)
+        for what, function in zip(WHATS, functions(operation, name), strict=True):
+            calls[what, name] = functools.partial(seconds, function, *arguments)
             compiled[what, name] = function
-    ours = np.asarray(functions(operation, "xla")[0](*arguments)[0]) if others else np.zeros(0)
-    for name, peer in others.items():
-        forward, both = peer(*(None if x is None else np.asarray(x) for x in arguments))
-        error = np.abs(forward() - ours).max() / np.abs(ours).max()
-        if not error < 1e-3:
-            raise RuntimeError(f"{name} and ours differ by {error:.2g} of the largest output")
-        calls["forward", name], calls["forward+backward", name] = forward, both
-    gemm = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
-    calls["gemm", ""] = lambda: gemm(a)
-
-    compile_seconds = {key: seconds(call) for key, call in calls.items()}
-    times = {key: [] for key in calls}
-    for _ in range(repetitions):
-        for key, call in calls.items():
-            times[key].append(seconds(call))
+    with contextlib.ExitStack() as running:
+        arrays = [None if x is None else np.asarray(x) for x in arguments] if others else []
+        made = {name: running.enter_context(peer(*arrays)) for name, peer in others.items()}
+        for name, peer in made.items():
+            for what, call in zip(WHATS, (peer.forward, peer.both), strict=True):
+                calls[what, name] = call
+        first = {key: call() for key, call in calls.items()}
+        ours = np.asarray(compiled["forward", "xla"](*arguments)[0]) if others else np.zeros(0)
+        for name, peer in made.items():
+            error = np.abs(peer.outputs() - ours).max() / np.abs(ours).max()
+            if not error < 1e-3:
+                raise RuntimeError(f"{name} and ours differ by {error:.2g} of the largest output")
+        times = {key: [] for key in calls}
+        for _ in range(repetitions):
+            for key, call in calls.items():
+                times[key].append(call())
     median = {key: statistics.median(values) for key, values in times.items()}
 
     rate = 2 * GEMM_SIZE**3 / median["gemm", ""]
@@ -164,7 +181,7 @@ def benchmark(
                 "implementation": name,
                 "milliseconds": 1e3 * value,
                 "fastest_milliseconds": 1e3 * min(times[what, name]),
-                "compile_seconds": compile_seconds[what, name],
+                "compile_seconds": first[what, name],
                 "gflops": work / 1e9,
                 "gemm_gflops_per_second": rate / 1e9,
                 "over_floor": value / (work / rate),
@@ -263,12 +280,16 @@ def _expert_mlp(*arguments, implementation: str):
     return expert_mlp(*arguments, **EXPERT_OPTIONS[implementation]), None
 
 
+def _runnable(table: Mapping[str, dispatch.Implementation]) -> list[str]:
+    return [name for name, entry in table.items() if jax.default_backend() in entry.platforms]
+
+
 OPERATIONS = {
     "delta_product": Operation(
         "B,T,H,K,V,N",
         "4,2048,4,64,64,1;4,2048,4,64,64,2",
         delta_product,
-        lambda: delta_api.IMPLEMENTATIONS,
+        lambda: _runnable(delta_api.IMPLEMENTATIONS),
         _delta_inputs,
         _delta_flops,
     ),
@@ -276,7 +297,7 @@ OPERATIONS = {
         "B,T,H,K,V",
         "4,2048,4,64,64",
         additive_scan,
-        lambda: additive_api.IMPLEMENTATIONS,
+        lambda: _runnable(additive_api.IMPLEMENTATIONS),
         _additive_inputs,
         _additive_flops,
     ),
@@ -293,7 +314,7 @@ OPERATIONS = {
 }
 
 
-def functions(operation: Operation, implementation: str):
+def functions(operation: Operation, implementation: str | None):
     """Compiled forward, and compiled gradient of sum(o^2) in every argument that is real."""
 
     def forward(*arguments):
@@ -306,10 +327,9 @@ def functions(operation: Operation, implementation: str):
     return jax.jit(forward), jax.jit(lambda *arguments: gradient(arguments))
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """What one call takes."""
+    return peers.seconds(lambda: jax.block_until_ready(function(*arguments)))
 
 
 def table(operation: Operation, rows: list[dict[str, Any]]) -> str:

@@ -1,13 +1,21 @@
-"""The benchmark runs, and its table has the ratios."""
+"""The benchmarks run, and their tables have the ratios."""
 
+import contextlib
+import functools
+import importlib.util
+import itertools
 import json
+import os
 import subprocess
 import sys
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels import bench, peers
+from scanax.kernels import bench, bench_decode, bench_linear, peers
 
 DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
 EXPERTS = bench.OPERATIONS["expert_mlp"]
@@ -46,26 +54,152 @@ def test_experts_are_counted_by_the_compiler():
 
 
 def test_peers_are_checked_and_timed():
-    def peer(wrong):
+    def peer(wrong, closed):
+        @contextlib.contextmanager
         def make(*arguments):
             o = np.asarray(DELTA.function(*arguments)[0]) + wrong
-            return lambda: o, lambda: o
+            yield peers.Peer(lambda: 0.5, lambda: 0.25, lambda: o)
+            closed.append(True)
 
         return make
 
-    rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0)})
-    assert {row["implementation"] for row in rows} == {"reference", "xla", "package"}
-    assert all(row["peer_over_this"]["package"] > 0 for row in rows)
+    closed = []
+    rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0, closed)})
+    assert closed and {row["implementation"] for row in rows} == {"reference", "xla", "package"}
+    for row in rows:
+        seconds = 0.5 if row["what"] == "forward" else 0.25
+        assert row["peer_over_this"]["package"] == 1e3 * seconds / row["milliseconds"]
     assert "| package / this |" in bench.table(DELTA, rows)
     with pytest.raises(RuntimeError, match="package and ours differ by"):
-        bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(1.0)})
+        bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(1.0, [])})
 
 
-def test_peer_of_transformers_is_the_same_operation():
-    # The benchmark times it where a user has it; installing two gigabytes for one test is too much.
-    for package in ("torch", "transformers"):
-        pytest.importorskip(package, reason=f"pip install {package} to compare with its kernel")
-    bench.benchmark(DELTA, (2, 70, 2, 8, 8, 2), True, 1, {"transformers": peers.transformers})
+# The benchmark times peers where a user has them; two gigabytes for one test are too much.
+@pytest.mark.parametrize(
+    ("operation", "name", "packages"),
+    [
+        ("delta_product", "transformers", ("torch", "transformers")),
+        ("delta_product", "fla", ("torch", "einops", "fla")),
+        ("additive_scan", "torch_gla", ("torch",)),
+    ],
+)
+def test_peers_are_the_same_operation(operation, name, packages):
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"pip install {package} to compare with it")
+    shape = (2, 70, 2, 8, 8, 2) if operation == "delta_product" else (2, 70, 2, 8, 8)
+    peer = peers.installed(operation)[name]
+    bench.benchmark(bench.OPERATIONS[operation], shape, True, 1, {name: peer})
+
+
+FAKE_JLA = """
+import jax.numpy as jnp
+from scanax.kernels import delta_product
+
+def linear_attention(kind, *, impl, q, k, v, g, beta=None):
+    assert impl == "chunked"
+    if kind == "gated_deltaproduct":
+        k, v, beta = (x.reshape(*q.shape[:2], -1, *x.shape[2:]) for x in (k, v, beta))
+        return delta_product(q, k, v, beta, g)
+    assert kind == "gla"
+    state, outputs = 0.0, []
+    for t in range(q.shape[1]):
+        state = jnp.exp(g[:, t, :, :, None]) * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(q.shape[-1] ** -0.5 * jnp.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return jnp.stack(outputs, axis=1), state
+"""
+
+
+@pytest.fixture
+def fake_jla(tmp_path, monkeypatch):
+    """The file of a package jla, with our functions, that other processes find."""
+    package = tmp_path / "jla"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "ops.py").write_text(FAKE_JLA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return package / "ops.py"
+
+
+def test_jla_runs_in_an_interpreter_of_its_own(fake_jla):
+    peer = peers.installed("delta_product", sys.executable)["jla"]
+    rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), True, 1, {"jla": peer})
+    assert all(row["peer_over_this"]["jla"] > 0 for row in rows)
+
+    inputs = ADDITIVE.inputs((1, 6, 1, 4, 4), True)
+    peer = peers.installed("additive_scan", sys.executable)["jla"]
+    with peer(*map(np.asarray, inputs)) as jla:
+        np.testing.assert_allclose(jla.outputs(), ADDITIVE.function(*inputs)[0], atol=1e-5)
+        assert jla.forward() > 0 and jla.both() > 0
+        fake_jla.write_text("raise ImportError('broken')")
+    with peer(*map(np.asarray, inputs)) as jla, pytest.raises(RuntimeError, match="jla under"):
+        jla.forward()
+
+
+def test_jla_is_asked_for_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ValueError, match="is not an interpreter"):
+        peers.installed("delta_product", str(tmp_path / "python"))
+    with pytest.raises(ValueError, match="has no expert_mlp"):
+        peers.installed("expert_mlp", sys.executable)
+    if importlib.util.find_spec("jla") is None:
+        with pytest.raises(ValueError, match="pip install jax-linear-attention"):
+            peers.installed("delta_product", sys.executable)
+
+
+def test_linear_cost(tmp_path):
+    rows = []
+    for tokens in (8, 16):
+        rows += bench_linear.benchmark(tokens, (1, 4, 4), [2], 1, memory_gb=1.0)
+    names = ("delta_product N=2", "additive_scan")
+    assert list(bench_linear.curves(rows)) == list(itertools.product(names, bench.WHATS))
+    assert all(row["milliseconds"] > 0 and row["temporary_mb"] > 0 for row in rows)
+    assert bench_linear.table(rows).count("\n") == 5
+    line = [{"tokens": t, "milliseconds": 3.0 * t} for t in (1, 4, 16)]
+    assert bench_linear.exponent(line, "milliseconds") == pytest.approx(1)
+    bench_linear.draw(rows, str(tmp_path / "linear.png"))
+    assert (tmp_path / "linear.png").stat().st_size > 10_000
+
+    unrun = bench_linear.benchmark(8, (1, 4, 4), [], 1, memory_gb=1e-6)
+    assert all(row["milliseconds"] is None for row in unrun)
+    assert bench_linear.table(unrun).count("not run") == len(unrun)
+    bench_linear.draw(unrun, str(tmp_path / "unrun.png"))
+
+
+def test_decoding():
+    bandwidth, rows = bench_decode.benchmark([(2, 1, 4, 4)], [1, 2], 3, 1, 2)
+    assert bandwidth > 0 and len(rows) == 3 and bench_decode.table(rows).count("\n") == 4
+    for row in rows:
+        traffic = 2e6 * row["state_mb"] / bandwidth
+        assert row["over_floor"] == pytest.approx(1e-6 * row["microseconds"] / traffic)
+
+
+def test_decoding_is_the_scan_token_by_token():
+    for steps in (2, None):
+        step, state, inputs = bench_decode.decoding((2, 1, 4, 4), steps, 3)
+        call = bench_decode.going_on(functools.partial(jax.lax.scan, step), state, inputs)
+        operation = ADDITIVE if steps is None else DELTA
+        dims = (2, 3, 1, 4, 4) if steps is None else (2, 3, 1, 4, 4, 2)
+        o, state = operation.function(*operation.inputs(dims, True))
+        chex.assert_trees_all_close(call(), (state, jnp.moveaxis(o, 1, 0)), rtol=1e-4, atol=1e-5)
+        first = call()[1]
+        assert not np.allclose(first, jnp.moveaxis(o, 1, 0), atol=1e-3)  # goes on from the state
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "message"),
+    [
+        ("bench", "--shapes=1,5", "6 positive integers B,T,H,K,V,N"),
+        ("bench", "--jla_python=no_such_python", "is not an interpreter"),
+        ("bench", "--without=xla", "'xla' is not a peer"),
+        ("bench_linear", "--steps=1", "--picture is missing"),
+        ("bench_decode", "--shapes=1,2", "4 positive integers B,H,K,V"),
+    ],
+)
+def test_bad_arguments(module, argument, message):
+    command = [sys.executable, "-m", f"scanax.kernels.{module}", argument]
+    wrong = subprocess.run(command, text=True, stderr=subprocess.PIPE, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.count("error:") == 1 and message in wrong.stderr
 
 
 def test_command_line(tmp_path):
@@ -74,8 +208,6 @@ def test_command_line(tmp_path):
     arguments = ["--shapes=1,5,1,2,2,1", "--nopeers", f"--out={out}"]
     assert "| 1,5,1,2,2,1 |" in subprocess.check_output([*command, *arguments], text=True)
     assert len(json.loads(out.read_text())["rows"]) == 4
-    wrong = subprocess.run([*command, "--shapes=1,5"], text=True, stderr=subprocess.PIPE)
-    assert wrong.returncode == 2 and "6 positive integers B,T,H,K,V,N" in wrong.stderr
 
 
 def test_flops_of_the_definition():
@@ -87,4 +219,4 @@ def test_flops_of_the_definition():
 @pytest.mark.parametrize("text", ["4,2048", "a,b,c,d,e,f", "1,0,1,1,1,1", ""])
 def test_malformed_shape(text):
     with pytest.raises(ValueError, match="6 positive integers B,T,H,K,V,N"):
-        bench.parse_shape(DELTA, text)
+        bench.parse_shape(DELTA.dimensions, text)
