@@ -220,3 +220,22 @@ def test_flops_of_the_definition():
 def test_malformed_shape(text):
     with pytest.raises(ValueError, match="6 positive integers B,T,H,K,V,N"):
         bench.parse_shape(DELTA.dimensions, text)
+
+
+def test_defaults_are_measured_and_those_of_other_devices_kept(tmp_path):
+    path = tmp_path / "defaults.json"
+    size = {"tokens": 4, "width": 4, "fastest": "xla"}
+    rows = [{"operation": "delta_product", "device": d, **size} for d in ("another", "cpu")]
+    path.write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "scanax.kernels.bench_defaults", f"--out={path}"]
+    arguments = ["--lengths=3", "--widths=4", "--repetitions=1"]
+    subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+    kept, *new = json.loads(path.read_text())
+    assert kept == rows[0]
+    assert [(row["operation"], row["tokens"], row["width"]) for row in new] == [
+        ("delta_product", 3, 4),
+        ("additive_scan", 3, 4),
+    ]
+    for row in new:
+        assert row["device"] == "cpu" and min(row["time_over_fastest"].values()) == 1
+        assert row["time_over_fastest"][row["fastest"]] == 1
