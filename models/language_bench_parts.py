@@ -19,13 +19,12 @@ from .delta_product import DeltaProduct, DeltaProductConfig
 from .layers import SwiGLU, next_token_logits
 from .lightnet import Mixer
 
-ENDS, MIXER, SCAN, MLP, OPTIMIZER = "ends", "mixer", "scan", "mlp", "optimizer"
-
 
 def parts(
     c: Any, params: Any, ids: jax.Array, optimizer: optax.GradientTransformation
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Functions to time and their arguments, by name.
+    """Functions to time and their arguments: the embedding with the head and the loss ("ends"), a
+    layer's mixer, its recurrence ("scan") and its MLP, and the optimizer.
 
     Args:
       c: configuration of the model.
@@ -40,24 +39,25 @@ def parts(
     ends = {name: x for name, x in params.items() if not name.startswith("layers_")}
     module: Any = _Ends(c)
 
-    def loss(ends, x_BTD):
-        return jnp.mean(cross_entropy(module.apply({"params": ends}, ids[:, :-1], x_BTD), ids))
+    def loss(ends, x_BTD, ids):
+        return cross_entropy(module.apply({"params": ends}, ids[:, :-1], x_BTD), ids)
+
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
     return {
-        ENDS: (jax.value_and_grad(loss, argnums=(0, 1)), (ends, x_BTD)),
-        MIXER: (both(lambda p, x: mixer.apply({"params": p}, x)[0]), (layer["attn"], x_BTD)),
-        SCAN: scan(c, *shape[:2]),
-        MLP: (both(lambda p, x: mlp.apply({"params": p}, x)), (layer["mlp"], x_BTD)),
-        OPTIMIZER: (
-            lambda grads, state, params: _update(optimizer, grads, state, params),
-            (params, optimizer.init(params), params),
-        ),
+        "ends": (jax.value_and_grad(loss, argnums=(0, 1)), (ends, x_BTD, ids)),
+        "mixer": (both(lambda p, x: mixer.apply({"params": p}, x)[0]), (layer["attn"], x_BTD)),
+        "scan": scan(c, *shape[:2]),
+        "mlp": (both(lambda p, x: mlp.apply({"params": p}, x)), (layer["mlp"], x_BTD)),
+        "optimizer": (update, (params, optimizer.init(params), params)),
     }
 
 
 def cross_entropy(logits_BTS: jax.Array, ids: jax.Array) -> jax.Array:
-    """[B, T], of the tokens [B, T + 1] after the first."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTS, ids[:, 1:])
+    """Mean over the tokens, of [B, T + 1], after the first."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BTS, ids[:, 1:]))
 
 
 def both(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -98,8 +98,3 @@ class _Ends(nn.Module):
         shape = (c.vocab_size, c.hidden_size)
         embedding_SD: Any = self.param("embeddings", nn.initializers.zeros, shape)
         return next_token_logits(x_BTD + embedding_SD[ids], embedding_SD, c)
-
-
-def _update(optimizer, grads, state, params):
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
