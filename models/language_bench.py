@@ -127,31 +127,43 @@ def benchmark(
     Raises:
       Disagreement: if PyTorch's losses are others.
     """
+    config = interop.find(f"fla_{family}").config(public, "float32")
+    rows_XBT = markov(config.vocab_size, *shape)
+    params, trainers = begin(family, public, rows_XBT[0], with_torch)
+    losses = {name: [trainer.step(x) for x in rows_XBT] for name, trainer in trainers.items()}
+    compare(family, losses)
+    figures: dict[str, Any] = {"family": family, "parameters": params_lib.count(params)}
+    figures |= {"layers": config.num_hidden_layers, "tokens": shape[1] * shape[2], "losses": losses}
+    calls = {name: _repeating(trainer.step, rows_XBT) for name, trainer in trainers.items()}
+    for name, (function, x) in parts_lib.parts(config, params, rows_XBT[0], adamw()).items():
+        compiled, x = jax.jit(function).lower(*x).compile(), jax.device_put(x)
+        calls[name] = lambda f=compiled, x=x: jax.block_until_ready(f(*x))
+    times = timed(calls, repetitions)
+    rows = {name: {"library": name, **times.pop(name)} for name in trainers}
+    rows["scanax"] |= trainers["scanax"].figures
+    return {**figures, "rows": [*rows.values()], "parts": times}
+
+
+def begin(
+    family: str, public: dict[str, Any], ids: np.ndarray, with_torch: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Parameters, and a trainer that begins with them for every library.
+
+    Args:
+      ids: [B, T + 1] tokens, for their shape.
+    """
     entry = interop.find(f"fla_{family}")
-    c = entry.config(public, "float32")
-    rows_XBT = markov(c.vocab_size, *shape)
-    params = params_lib.initialise(entry.module(c), jax.random.key(0), rows_XBT[0, :1, :2])
-    trainers: dict[str, Any] = {"scanax": Trainer(entry.module(c), params, rows_XBT[0])}
+    config = entry.config(public, "float32")
+    module = entry.module(config)
+    initialise = jax.jit(params_lib.initialise, static_argnums=0)
+    params = initialise(module, jax.random.key(0), ids[:1, :2])
+    trainers: dict[str, Any] = {"scanax": Trainer(module, params, ids)}
     if with_torch and all(map(importlib.util.find_spec, PACKAGES[family])):
         from . import language_bench_torch
 
         tensors = interop.to_torch(f"fla_{family}", params, public)
-        trainers["PyTorch"] = language_bench_torch.Trainer(c, tensors, ADAMW)
-    losses = {name: [trainer.step(x) for x in rows_XBT] for name, trainer in trainers.items()}
-    compare(family, losses)
-    ids = jnp.asarray(rows_XBT[0])
-    parts = parts_lib.parts(c, params, ids, adamw())
-    compiled = {name: (jax.jit(f).lower(*x).compile(), x) for name, (f, x) in parts.items()}
-    calls = {name: _repeating(trainer.step, rows_XBT) for name, trainer in trainers.items()}
-    calls |= {
-        name: lambda f=f, x=x: jax.block_until_ready(f(*x)) for name, (f, x) in compiled.items()
-    }
-    times = timed(calls, repetitions)
-    figures: dict[str, Any] = {"family": family, "parameters": params_lib.count(params)}
-    figures |= {"layers": c.num_hidden_layers, "tokens": shape[1] * shape[2], "losses": losses}
-    rows = {name: {"library": name, **times[name]} for name in trainers}
-    rows["scanax"] |= trainers["scanax"].figures
-    return {**figures, "rows": [*rows.values()], "parts": {name: times[name] for name in parts}}
+        trainers["PyTorch"] = language_bench_torch.Trainer(config, tensors, ADAMW)
+    return params, trainers
 
 
 def markov(vocabulary: int, steps: int, batch: int, tokens: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..kernels import additive_scan, delta_product
@@ -21,7 +22,7 @@ from .lightnet import Mixer
 
 
 def parts(
-    c: Any, params: Any, ids: jax.Array, optimizer: optax.GradientTransformation
+    c: Any, params: Any, ids: np.ndarray, optimizer: optax.GradientTransformation
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Functions to time and their arguments: the embedding with the head and the loss ("ends"), a
     layer's mixer, its recurrence ("scan") and its MLP, and the optimizer.
@@ -32,7 +33,7 @@ def parts(
       ids: [B, T + 1] tokens.
     """
     shape = (ids.shape[0], ids.shape[1] - 1, c.hidden_size)
-    x_BTD = jax.random.normal(jax.random.key(0), shape)
+    x_BTD = np.random.default_rng(0).standard_normal(shape, np.float32)
     layer = params["layers_0"]
     mixer: Any = DeltaProduct(c) if isinstance(c, DeltaProductConfig) else Mixer(c, causal=True)
     mlp: Any = SwiGLU(c.mlp_size, nn.initializers.zeros, c.dtype, c.param_dtype)
@@ -72,18 +73,17 @@ def both(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def scan(c: Any, batch: int, tokens: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The recurrence of one layer, and arrays like those in it at the beginning of training."""
-    keys = jax.random.split(jax.random.key(1), 5)
-    normal = lambda i, *shape: jax.random.normal(keys[i], (batch, tokens, *shape), c.dtype)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal((batch, tokens, *shape), np.float32)
     heads, value = c.num_heads, c.value_dim
     if not isinstance(c, DeltaProductConfig):
-        width = (heads, c.key_dim)
-        arrays = (normal(0, *width), normal(1, *width), normal(2, heads, value))
+        arrays = (normal(heads, c.key_dim), normal(heads, c.key_dim), normal(heads, value))
         return both(lambda q, k, v: additive_scan(q, k, v, scale=c.query_scale)[0]), arrays
-    steps, unit = c.num_householder, lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    q, k = unit(normal(0, heads, c.head_dim)), unit(normal(1, steps, heads, c.head_dim))
-    beta = 2 * nn.sigmoid(normal(3, steps, heads))
-    g = -nn.softplus(normal(4, heads)) if c.use_forget_gate else None
-    arrays = (q, k, normal(2, steps, heads, value), beta, g)
+    steps, unit = c.num_householder, lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    q, k = unit(normal(heads, c.head_dim)), unit(normal(steps, heads, c.head_dim))
+    beta = 1 + np.tanh(normal(steps, heads))
+    g = -np.log1p(np.exp(normal(heads))) if c.use_forget_gate else None
+    arrays = (q, k, normal(steps, heads, value), beta, g)
     return both(lambda *arrays: delta_product(*arrays)[0]), arrays
 
 
