@@ -6,8 +6,8 @@ About 10 million parameters each, in float32. Both sides begin with the same wei
 rows of a fixed Markov chain on the same cores, and take the same steps of AdamW: the losses of the
 first ``--steps`` must be equal to ``AGREEMENT`` before anything is timed. PyTorch has the
 recurrences that users without a GPU get, see ``language_bench_torch``. Repetitions of all are
-interleaved, so that a busy machine hurts them alike: quote the ratios, not the times. Memory is
-the compiler's figure for temporary buffers.
+interleaved: quote the ratios, not the times, and of an idle machine, as a busy one hurts PyTorch
+more. Memory is the compiler's figure for temporary buffers. All takes minutes on two cores.
 
 The second table says where our step spends its time: every part is compiled alone at the model's
 shapes, forward and backward (``language_bench_parts``), timed in the same repetitions, and counted
@@ -36,7 +36,7 @@ AGREEMENT = 1e-5  # of the losses, relative
 ADAMW: dict[str, Any] = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8}
 ADAMW |= {"weight_decay": 0.1}
 SUCCESSORS = 4  # of every token in the Markov chain
-# The published models by family, and what else PyTorch needs.
+# What differs from the published defaults, by family.
 PUBLISHED = {
     "delta_product": {
         "expand_v": 1.0,
@@ -46,6 +46,7 @@ PUBLISHED = {
     },
     "lightnet": {"tie_word_embeddings": True},
 }
+# What PyTorch's side needs.
 PACKAGES = {"delta_product": ("torch", "transformers"), "lightnet": ("torch",)}
 
 
@@ -77,15 +78,19 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     cores, device = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, {cores} cores, float32", end="")
-    print(f", {given.batch} rows of {given.tokens} tokens\n")
+    print(f", {given.batch} rows of {given.tokens} tokens\n", flush=True)
     shape, results = (given.steps, given.batch, given.tokens), []
     for family, public in models.items():
         try:
-            results.append(benchmark(family, public, shape, given.repetitions, given.torch))
+            result = benchmark(family, public, shape, given.repetitions, given.torch)
         except Disagreement as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-    print(f"{table(results)}\n\n{parts_table(results)}")
+        results.append(result)
+        if result["loss_error"] is not None:
+            error = f"{result['loss_error']:.0e}"
+            print(f"{family}: the losses of {given.steps} steps are equal to {error}", flush=True)
+    print(f"\n{table(results)}\n\n{parts_table(results)}")
     if given.out:
         figures = {"jax": jax.__version__, "device": device, "results": results}
         with open(given.out, "w") as file:
@@ -131,9 +136,9 @@ def benchmark(
     rows_XBT = markov(config.vocab_size, *shape)
     params, trainers = begin(family, public, rows_XBT[0], with_torch)
     losses = {name: [trainer.step(x) for x in rows_XBT] for name, trainer in trainers.items()}
-    compare(family, losses)
     figures: dict[str, Any] = {"family": family, "parameters": params_lib.count(params)}
-    figures |= {"layers": config.num_hidden_layers, "tokens": shape[1] * shape[2], "losses": losses}
+    figures |= {"layers": config.num_hidden_layers, "tokens": shape[1] * shape[2]}
+    figures |= {"losses": losses, "loss_error": compare(family, losses)}
     calls = {name: _repeating(trainer.step, rows_XBT) for name, trainer in trainers.items()}
     for name, (function, x) in parts_lib.parts(config, params, rows_XBT[0], adamw()).items():
         compiled, x = jax.jit(function).lower(*x).compile(), jax.device_put(x)
@@ -219,16 +224,23 @@ class Trainer:
         return float(loss)
 
 
-def compare(family: str, losses: dict[str, list[float]]) -> None:
-    """Raises ``Disagreement`` if PyTorch's losses are not ours."""
-    ours = np.asarray(losses["scanax"])
-    error = np.abs(np.asarray(losses.get("PyTorch", ours)) / ours - 1)
-    if not error.max() <= AGREEMENT:  # nan does not agree
-        first = int(np.argmax(~(error <= AGREEMENT)))
+def compare(family: str, losses: dict[str, list[float]]) -> float | None:
+    """The largest relative difference between PyTorch's losses and ours; None without PyTorch.
+
+    Raises:
+      Disagreement: if it is above ``AGREEMENT``.
+    """
+    if "PyTorch" not in losses:
+        return None
+    error = np.abs(np.divide(losses["PyTorch"], losses["scanax"]) - 1)
+    wrong = ~(error <= AGREEMENT)  # nan is wrong
+    if wrong.any():
+        first = int(np.argmax(wrong))
         raise Disagreement(
             f"{family}: the losses differ by {error[first]:.1e} at step {first}, more than"
             f" {AGREEMENT:.0e}: nothing was timed"
         )
+    return float(error.max())
 
 
 def timed(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
