@@ -1,0 +1,65 @@
+"""The benchmark of training language models: both sides train alike, its tables, its mistakes."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from scanax.models import language_bench as bench
+
+COMMAND = [sys.executable, "-m", "scanax.models.language_bench"]
+
+
+def test_delta_product_trains_alike():
+    """Equal losses on rows that do not fill a chunk."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    public = bench.published("delta_product", 16, 1, 2, 32, 3) | {"tie_word_embeddings": False}
+    rows_XBT = bench.markov(32, 10, 2, 70)
+    with jax.numpy_dtype_promotion("standard"):  # inside of optax
+        _, trainers = bench.begin("delta_product", public, rows_XBT[0], with_torch=True)
+        losses = {name: [side.step(x) for x in rows_XBT] for name, side in trainers.items()}
+    assert set(losses) == {"scanax", "PyTorch"}
+    assert losses["PyTorch"] == pytest.approx(losses["scanax"], rel=1e-5)
+
+
+def test_lightnet_and_its_tables():
+    """The losses are compared before anything is timed; our parts add up to our step."""
+    pytest.importorskip("torch")
+    public = bench.published("lightnet", 16, 1, 2, 32, 1) | {"use_short_conv": True}
+    with jax.numpy_dtype_promotion("standard"):
+        result = bench.benchmark("lightnet", public, (10, 2, 70), 1, with_torch=True)
+    assert [row["library"] for row in result["rows"]] == ["scanax", "PyTorch"]
+    assert (
+        result["loss_error"] < 1e-5
+        and result["tokens"] == 140
+        and result["rows"][0]["temporary_mb"] > 0
+    )
+    *_, ours, theirs = bench.table([result]).splitlines()
+    assert f"| lightnet | {result['parameters']:,} | scanax |" in ours and "| 1.00 |" in theirs
+    cells = [line.split("|") for line in bench.parts_table([result]).splitlines()[2:]]
+    assert [cell[2].strip() for cell in cells][2:4] == ["scan", "MLP"]
+    assert sum(float(cell[4].strip(" %")) for cell in cells) == pytest.approx(100, abs=1)
+    alone = {**result, "rows": result["rows"][:1]}
+    assert "|  |" in bench.table([alone]) and bench.table([alone]).count("\n") == 2
+
+
+@pytest.mark.parametrize("wrong", [1.01, float("nan")])
+def test_no_ratio_of_different_models(wrong):
+    with pytest.raises(bench.Disagreement, match="at step 1"):
+        bench.compare("lightnet", {"scanax": [2.0, 1.0, 1.0], "PyTorch": [2.0, wrong, 1.0]})
+    assert bench.compare("lightnet", {"scanax": [2.0, 1.0]}) is None
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("--family=lightnet,gru", "'gru' is not one of"),
+        ("--heads=3", "must divide"),
+        ("more", "unexpected"),
+    ],
+)
+def test_mistakes(wrong, message):
+    result = subprocess.run([*COMMAND, wrong], text=True, stderr=subprocess.PIPE)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
