@@ -40,6 +40,15 @@ def uniform(inputs: int):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def product_of_rows(x: jax.Array, kernel: jax.Array, dtype: DType | None) -> jax.Array:
+    """x @ kernel, [..., in] and [in, out] -> [..., out], with sums and result in ``dtype``.
+
+    All rows make one matrix: the kernel's gradient then needs no transposed copies on CPU.
+    """
+    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nn.Module):
     """x @ kernel (+ bias); kernel [in, features] with two logical axis names.
 
@@ -61,7 +70,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = jnp.matmul(x, kernel, preferred_element_type=self.out_dtype)
+        y = product_of_rows(x, kernel, self.out_dtype)
         if not self.bias:
             return y
         axes, shape = self.axes[1:], (self.features,)
@@ -239,7 +248,7 @@ def next_token_logits(x_BTD: jax.Array, embedding_SD: jax.Array, config: Any) ->
     wide = accumulation_dtype(x_BTD.dtype)
     if c.tie_word_embeddings:
         weight_DS = embedding_SD.T.astype(c.dtype)
-        return jnp.matmul(x_BTD, weight_DS, preferred_element_type=wide)
+        return product_of_rows(x_BTD, weight_DS, wide)
     init, axes = nn.initializers.normal(c.initializer_range), ("embed", "vocab")
     return Dense(c.vocab_size, axes, init, c.dtype, c.param_dtype, wide, name="lm_head")(x_BTD)
 
