@@ -1,8 +1,8 @@
 """The additive recurrence as TPU kernels, forward and backward.
 
-The grid is (B, H / G, X): G heads a step, and the X chunks of a row one after the other, with the
-state in VMEM. The mathematics is that of ``chunk.py`` with blocks down to single tokens, so that
-every pair of different tokens is part of a product of matrices; symbols as there. One thing
+The grid is (B * H / G, X): G heads a step, and the X chunks of their rows one after the other,
+with the states in VMEM. The mathematics is that of ``chunk.py`` with blocks down to single tokens,
+so that all pairs of different tokens come from products of matrices; symbols as there. One thing
 differs: the reference of a token is the largest logit so far, m_i, instead of the normaliser,
 
   exp(k_j - z_i) = exp(k_j - m_i) / n_i,   n_i = sum_{j <= i} exp(k_j - m_i) + exp(z_b - m_i),
@@ -10,10 +10,15 @@ differs: the reference of a token is the largest logit so far, m_i, instead of t
 because m needs comparisons only and n comes out of the factors of the tree. It is 0 for a
 channel that has seen no token at all, and at least 1 for all others.
 
-Inside the kernels G is the leading dimension of every array, which the names leave out.
+Products want the tokens of a head as rows of a matrix. Everything along time wants them one
+register apart, which holds the same token of eight heads: the tree then moves no rows within
+registers. Arrays go from one layout to the other through VMEM, with strided loads and stores.
+Dimensions: G heads of a step, C tokens, K, V, and L * W = K lanes for the second layout, in which
+the eight heads are R.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,40 +28,43 @@ import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
 FLOOR = float(jnp.finfo(jnp.float32).min)  # stands for a largest logit of -inf
-TILE = 8  # rows of a register
-HEADS = 4  # at most, per step
+ROWS, LANES = 8, 128  # of a register
+TOGETHER = 4  # heads
+OWN, LATER = -1, -2  # where two tokens do not meet at a level
 
 
 class _Tokens(NamedTuple):
-    """A row's arrays as [B, H, T, D], and the number of resets since the token before the chunk."""
+    """Arrays of all heads, N groups of G."""
 
-    q: jax.Array
+    q: jax.Array  # [N, G, T, K]
     k: jax.Array
-    v: jax.Array
+    v: jax.Array  # [N, G, T, V]
     f: jax.Array | None
-    run: jax.Array | None  # [B, X, 1, C]
+    run: jax.Array | None  # [N, X, G, C], resets since the token before the chunk
 
 
 class _Factors(NamedTuple):
-    """Everything that follows from the logits and the normaliser before the chunk."""
+    """Scratch for what follows from the logits and the normaliser before the chunk.
 
-    levels: list[jax.Array]  # right half of a block: exp(r - m_i), left half: exp(k_j - r)
-    own_CK: jax.Array  # exp(k_i - m_i)
-    inverse_CK: jax.Array  # 1 / n_i
-    enter_CK: jax.Array  # exp(z_b - z_i)
-    leave_CK: jax.Array  # exp(k_j - z_e)
-    z_1K: jax.Array  # z_e
-    begun_CK: jax.Array  # whether the channel has seen a token
-    inside_CK: jax.Array | bool  # whether the entering state reaches the token
+    All arrays are [L, C * R, W].
+    """
+
+    levels: list  # right half of a block: exp(r - m_i), left half: exp(k_j - r)
+    own: jax.Array  # exp(k_i - m_i)
+    inverse: jax.Array  # 1 / n_i
+    enter: jax.Array  # exp(z_b - z_i)
+    leave: jax.Array  # exp(k_j - z_e); before, the logits
+    x: jax.Array  # backward: q dq
 
 
 def supports(q, k, v, f, state, run, *, chunk, stride) -> str | None:
     """None, or why the kernels cannot run on these arguments."""
-    del k, f, state, run
+    del state, run
     if any(d not in (32, 64, 128, 256) for d in (q.shape[-1], v.shape[-1])):
         return f"K and V must be 32, 64, 128 or 256, got {q.shape[-1]} and {v.shape[-1]}"
-    if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (q, v)):
-        return f"arrays must be float32 or bfloat16, got {q.dtype}"
+    for x in (q, k, v, f):
+        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"arrays must be float32 or bfloat16, got {x.dtype}"
     if stride not in (16, 32, 64, 128):
         return f"stride must be 16, 32, 64 or 128 tokens, got {stride}"
     if chunk not in (None, stride):
@@ -81,39 +89,33 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     """
     del chunk
     tokens = _tokens(q, k, v, f, run, stride)
-    batch, heads, length, key_dim = tokens.q.shape
-    value_dim = v.shape[-1]
-    grid = batch, heads // _group(heads), length // stride
-    z0_BH1K = state[1][:, :, None]
-    per_row = lambda *dims: _spec(grid, heads, *dims)
-    starts = lambda *dims: pl.BlockSpec((1, 1, heads // grid[1], *dims), lambda b, h, x: (x, b, h, 0, 0))
+    groups, heads, length, key_dim = tokens.q.shape
+    value_dim, count = v.shape[-1], length // stride
+    s, z = (x.reshape(groups, heads, *x.shape[2:]) for x in state)
+    state_specs = [_row_spec(heads, key_dim, value_dim), _row_spec(heads, key_dim)]
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    o, s, z, starts_s, starts_z = pl.pallas_call(
+    o, *final, starts_s, starts_z = pl.pallas_call(
         functools.partial(_forward_kernel, scale=scale, operand=_operand(q, v)),
-        grid=grid,
-        in_specs=[
-            _token_specs(grid, tokens, stride, lambda x: x),
-            per_row(key_dim, value_dim),
-            per_row(1, key_dim),
-        ],
+        grid=(groups, count),
+        in_specs=[_token_specs(tokens, stride, lambda x: x), *state_specs],
         out_specs=[
-            _chunk_spec(grid, heads, stride, value_dim, lambda x: x),
-            per_row(key_dim, value_dim),
-            per_row(1, key_dim),
-            starts(key_dim, value_dim),
-            starts(1, key_dim),
+            _chunk_spec(tokens.v, stride, lambda x: x),
+            *state_specs,
+            _start_spec(lambda x: x, heads, key_dim, value_dim),
+            _start_spec(lambda x: x, heads, key_dim),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, length, value_dim), q.dtype),
-            float32(*state[0].shape),
-            float32(*z0_BH1K.shape),
-            float32(grid[2], *state[0].shape),
-            float32(grid[2], *z0_BH1K.shape),
+            jax.ShapeDtypeStruct(tokens.v.shape, q.dtype),
+            *(float32(*x.shape) for x in (s, z)),
+            *(float32(count, *x.shape) for x in (s, z)),
         ],
+        scratch_shapes=[_scratch(stride, key_dim), pltpu.VMEM((ROWS, key_dim), jnp.float32)],
         compiler_params=_PARAMS,
         name="additive_scan_forward",
-    )(tokens, state[0], z0_BH1K)
-    return _rows(o, q.shape[1]), (s, z[:, :, 0]), (starts_s, starts_z[:, :, :, 0])
+    )(tokens, s, z)
+    final = tuple(x.reshape(y.shape) for x, y in zip(final, state, strict=True))
+    starts = zip((starts_s, starts_z), state, strict=True)
+    return _rows(o, q), final, tuple(x.reshape(count, *y.shape) for x, y in starts)
 
 
 def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -129,249 +131,367 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     """
     del chunk
     tokens = _tokens(q, k, v, f, run, stride)
-    do_BHTV = _heads_first(do, stride)
-    batch, heads, length, key_dim = tokens.q.shape
-    value_dim = v.shape[-1]
-    grid = batch, heads // _group(heads), length // stride
-    back = lambda x: grid[2] - 1 - x
-    per_row = lambda *dims: _spec(grid, heads, *dims)
-    chunk_of = lambda width: _chunk_spec(grid, heads, stride, width, back)
-    starts_of = lambda *dims: pl.BlockSpec(
-        (1, 1, heads // grid[1], *dims), lambda b, h, x: (back(x), b, h, 0, 0)
-    )
-    r_end_BH1K = (jnp.sum(dfinal[0] * final[0], axis=-1) - dfinal[1])[:, :, None]
-    gradients = [tokens.q, tokens.k, tokens.v] + ([] if f is None else [tokens.f])
+    groups, heads, length, key_dim = tokens.q.shape
+    value_dim, count = v.shape[-1], length // stride
+    back = lambda x: count - 1 - x
+    do_NGTV = _heads_first(do, stride)
+    starts_s, starts_z = (x.reshape(count, groups, heads, *x.shape[3:]) for x in starts)
+    ds = dfinal[0].reshape(groups, heads, key_dim, value_dim)
+    r = (jnp.sum(dfinal[0] * final[0], axis=-1) - dfinal[1]).reshape(groups, heads, key_dim)
+    state_specs = [_row_spec(heads, key_dim, value_dim), _row_spec(heads, key_dim)]
+    inputs = [x for x in tokens[:4] if x is not None]
     *gradients, ds, r = pl.pallas_call(
         functools.partial(_backward_kernel, scale=scale, operand=_operand(q, v)),
-        grid=grid,
+        grid=(groups, count),
         in_specs=[
-            _token_specs(grid, tokens, stride, back),
-            starts_of(key_dim, value_dim),
-            starts_of(1, key_dim),
-            chunk_of(value_dim),
-            per_row(key_dim, value_dim),
-            per_row(1, key_dim),
+            _token_specs(tokens, stride, back),
+            _start_spec(back, heads, key_dim, value_dim),
+            _start_spec(back, heads, key_dim),
+            _chunk_spec(do_NGTV, stride, back),
+            *state_specs,
         ],
-        out_specs=[
-            *(chunk_of(x.shape[-1]) for x in gradients),
-            per_row(key_dim, value_dim),
-            per_row(1, key_dim),
-        ],
-        out_shape=[
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*gradients, dfinal[0], r_end_BH1K))
+        out_specs=[*(_chunk_spec(x, stride, back) for x in inputs), *state_specs],
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, ds, r))],
+        scratch_shapes=[
+            _scratch(stride, key_dim),
+            pltpu.VMEM((3, ROWS, key_dim), jnp.float32),
+            pltpu.VMEM((heads, stride, key_dim), jnp.float32),
         ],
         compiler_params=_PARAMS,
         name="additive_scan_backward",
-    )(tokens, starts[0], starts[1][:, :, :, None], do_BHTV, dfinal[0], r_end_BH1K)
-    dq, dk, dv, *df = (_rows(x, q.shape[1]) for x in gradients)
-    dz = jnp.sum(ds * starts[0][0], axis=-1) - r[:, :, 0]
+    )(tokens, starts_s, starts_z, do_NGTV, ds, r)
+    dq, dk, dv, *df = (_rows(x, q) for x in gradients)
+    ds = ds.reshape(dfinal[0].shape)
+    dz = jnp.sum(ds * starts[0][0], axis=-1) - r.reshape(dfinal[1].shape)
     dz = jnp.where(starts[1][0] == -jnp.inf, 0, dz)
     return dq, dk, dv, df[0] if df else None, (ds, dz)
 
 
-def _forward_kernel(
-    tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, starts_s_ref, starts_z_ref, *, scale, operand
-):
-    @pl.when(pl.program_id(2) == 0)
+def _forward_kernel(tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, *refs, scale, operand):
+    starts_s_ref, starts_z_ref, scratch, z_RK = refs
+    heads, chunk = tokens.q.shape[1:3]
+
+    @pl.when(pl.program_id(1) == 0)
     def _():
         s_ref[...] = s0_ref[...]
-        z_ref[...] = z0_ref[...]
+        z_RK[:heads] = z0_ref[0]
 
-    s_KV, z_1K = s_ref[0], z_ref[0]
-    starts_s_ref[0, 0], starts_z_ref[0, 0] = s_KV, z_1K
-    q_CK, k_CK, v_CV, f_CK, run_CK = _load(tokens, scale)
-    x = _factors(k_CK, run_CK, z_1K)
+    starts_s_ref[0] = s_ref[...]
+    starts_z_ref[0, 0] = z_RK[:heads]
+    z_RK[...] = _prepare(scratch, tokens, z_RK[...])
+    z_ref[0] = z_RK[:heads]
+
     dot = functools.partial(_dot, operand=operand)
+    meet_CC, _ = _meetings(chunk)
 
-    over_n_CK = q_CK * x.inverse_CK
-    a_CC = jnp.where(_pairs(0, k_CK), jnp.sum(_times(over_n_CK * x.own_CK, f_CK), -1, keepdims=True), 0)
-    for i, e_CK in enumerate(x.levels):
-        a_CC = jnp.where(_pairs(2**i, k_CK), dot("NT", over_n_CK * e_CK, _times(e_CK, f_CK)), a_CC)
-    o_CV = dot("NN", a_CC, v_CV) + dot("NN", q_CK * x.enter_CK, s_KV)
-    o_ref[0] = o_CV.astype(o_ref.dtype)
-    s_ref[0] = _across(x) * s_KV + dot("TN", _times(x.leave_CK, f_CK), v_CV)
-    z_ref[0] = x.z_1K
+    @_for_heads(heads)
+    def _(hs):
+        x = lambda ref: _take(ref, hs)
+        q_CK, v_CV, f_CK = _load(tokens, hs, scale)
+        s_KV, over_n_CK = s_ref[0, hs], q_CK * x(scratch.inverse)
+        own_C1 = jnp.sum(_times(over_n_CK * x(scratch.own), f_CK), axis=-1, keepdims=True)
+        a_CC = jnp.where(meet_CC == OWN, own_C1, 0)
+        for i, level in enumerate(scratch.levels):
+            e_CK = x(level)
+            pairs_CC = dot("NT", over_n_CK * e_CK, _times(e_CK, f_CK))
+            a_CC = jnp.where(meet_CC == i, pairs_CC, a_CC)
+        o_CV = dot("NN", a_CC, v_CV) + dot("NN", q_CK * x(scratch.enter), s_KV)
+        o_ref[0, hs] = o_CV.astype(o_ref.dtype)
+        added_KV = dot("TN", _times(x(scratch.leave), f_CK), v_CV)
+        s_ref[0, hs] = _across(scratch.enter, hs) * s_KV + added_KV
 
 
-def _backward_kernel(
-    tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, dq_ref, dk_ref, dv_ref, *refs, scale, operand
-):
-    *df_ref, ds_ref, r_ref = refs
+def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs, scale, operand):
+    dq_ref, dk_ref, dv_ref, *df_ref, ds_ref, r_ref, scratch, rows_ref, keys_ref = refs
+    z_RK, r_RK, kept_RK = (rows_ref.at[i] for i in range(3))
+    heads, chunk = tokens.q.shape[1:3]
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
         ds_ref[...] = ds_end_ref[...]
-        r_ref[...] = r_end_ref[...]
+        r_RK[:heads] = r_end_ref[0]
 
-    s_KV, z_1K, do_CV = s_ref[0, 0], z_ref[0, 0], do_ref[0].astype(jnp.float32)
-    ds_KV, r_1K = ds_ref[0], r_ref[0]
-    q_CK, k_CK, v_CV, f_CK, run_CK = _load(tokens, scale)
-    x = _factors(k_CK, run_CK, z_1K)
+    z_RK[:heads] = z_ref[0, 0]
+    _prepare(scratch, tokens, z_RK[...])
     dot = functools.partial(_dot, operand=operand)
+    meet_CC, met_CC = _meetings(chunk)
 
-    over_n_CK = q_CK * x.inverse_CK
-    own_CK = _times(x.own_CK, f_CK)
-    p_C1 = jnp.sum(v_CV * do_CV, axis=-1, keepdims=True)
-    p_CC, transposed_CC = dot("NT", do_CV, v_CV), dot("NT", v_CV, do_CV)
-    dq_CK = own_CK * p_C1
-    df_CK = x.own_CK * over_n_CK * p_C1
-    a_CC = jnp.where(_pairs(0, k_CK), jnp.sum(over_n_CK * own_CK, axis=-1, keepdims=True), 0)
-    for i, e_CK in enumerate(x.levels):
-        keys_CK, read_CK = _times(e_CK, f_CK), over_n_CK * e_CK
-        after = _pairs(2**i, k_CK, transposed=True)
-        a_CC = jnp.where(after, dot("NT", keys_CK, read_CK), a_CC)
-        dq_CK += e_CK * dot("NN", jnp.where(_pairs(2**i, k_CK), p_CC, 0), keys_CK)
-        df_CK += e_CK * dot("NN", jnp.where(after, transposed_CC, 0), read_CK)
-    dq_CK = x.inverse_CK * dq_CK + x.enter_CK * dot("NT", do_CV, s_KV)
-    df_CK += x.leave_CK * dot("NT", v_CV, ds_KV)
-    dv_CV = dot("NN", a_CC, do_CV) + dot("NN", _times(x.leave_CK, f_CK), ds_KV)
-    ds_before_KV = _across(x) * ds_KV + dot("TN", q_CK * x.enter_CK, do_CV)
+    @_for_heads(heads)
+    def _(hs):
+        x = lambda ref: _take(ref, hs)
+        q_CK, v_CV, f_CK = _load(tokens, hs, scale)
+        do_CV, s_KV, ds_KV = do_ref[0, hs].astype(jnp.float32), s_ref[0, 0, hs], ds_ref[0, hs]
+        inverse_CK, enter_CK, leave_CK = (
+            x(ref) for ref in (scratch.inverse, scratch.enter, scratch.leave)
+        )
+        over_n_CK, own_CK = q_CK * inverse_CK, _times(x(scratch.own), f_CK)
+        p_C1 = jnp.sum(v_CV * do_CV, axis=-1, keepdims=True)
+        p_CC, transposed_CC = dot("NT", do_CV, v_CV), dot("NT", v_CV, do_CV)
+        dq_CK = own_CK * p_C1
+        df_CK = x(scratch.own) * over_n_CK * p_C1
+        own_C1 = jnp.sum(over_n_CK * own_CK, axis=-1, keepdims=True)
+        a_CC = jnp.where(met_CC == OWN, own_C1, 0)  # transposed
+        for i, level in enumerate(scratch.levels):
+            e_CK = x(level)
+            keys_CK, read_CK = _times(e_CK, f_CK), over_n_CK * e_CK
+            a_CC = jnp.where(met_CC == i, dot("NT", keys_CK, read_CK), a_CC)
+            dq_CK += e_CK * dot("NN", jnp.where(meet_CC == i, p_CC, 0), keys_CK)
+            df_CK += e_CK * dot("NN", jnp.where(met_CC == i, transposed_CC, 0), read_CK)
+        dq_CK = inverse_CK * dq_CK + enter_CK * dot("NT", do_CV, s_KV)
+        df_CK += leave_CK * dot("NT", v_CV, ds_KV)
+        dv_CV = dot("NN", a_CC, do_CV) + dot("NN", _times(leave_CK, f_CK), ds_KV)
+        _put(scratch.x, hs, q_CK * dq_CK)
+        dq_ref[0, hs] = (scale * dq_CK).astype(dq_ref.dtype)
+        dv_ref[0, hs] = dv_CV.astype(dv_ref.dtype)
+        keys_ref[hs] = _times(df_CK, f_CK)
+        if df_ref:
+            df_ref[0][0, hs] = df_CK.astype(df_ref[0].dtype)
+        added_KV = dot("TN", q_CK * enter_CK, do_CV)
+        ds_ref[0, hs] = _across(scratch.enter, hs) * ds_KV + added_KV
 
     # The keys act through the normaliser too, for which all of dq is needed.
-    x_CK = q_CK * dq_CK
-    by_z_CK = x_CK * x.inverse_CK
-    dk_CK = _times(df_CK, f_CK) - x.leave_CK * r_1K - x.own_CK * by_z_CK
-    for i, e_CK in enumerate(x.levels):
-        dk_CK -= jnp.where(_right(k_CK, 2**i), 0, e_CK * _from_right(e_CK * by_z_CK, 2**i))
-    r_before_1K = x.enter_CK[:, -1:] * r_1K + jnp.sum(x.enter_CK * x_CK, axis=-2, keepdims=True)
+    r_before = [
+        _through_normaliser(refs, r_RW)
+        for refs, r_RW in zip(_lane_tiles(scratch), _lanes(r_RK[...]), strict=True)
+    ]
+    r_RK[...] = jnp.concatenate(r_before, axis=-1)
+    r_ref[0] = r_RK[:heads]
 
-    dq_ref[0] = (scale * dq_CK).astype(dq_ref.dtype)
-    dk_ref[0] = dk_CK.astype(dk_ref.dtype)
-    dv_ref[0] = dv_CV.astype(dv_ref.dtype)
-    if df_ref:
-        df_ref[0][0] = df_CK.astype(df_ref[0].dtype)
-    ds_ref[0] = ds_before_KV
-    r_ref[0] = r_before_1K
-
-    # A channel's first key does not make the state decay.
-    @pl.when(jnp.min(z_1K) == -jnp.inf)
+    @pl.when(jnp.min(z_ref[0, 0]) == -jnp.inf)
     def _():
-        row_CK = jax.lax.broadcasted_iota(jnp.int32, k_CK.shape, 1)
-        ones_8V = jnp.ones((k_CK.shape[0], TILE, v_CV.shape[-1]), jnp.float32)
-        kept_1K = _dot("NT", ones_8V, ds_before_KV * s_KV, operand=jnp.float32)[:, :1]
-        begun_CK = x.begun_CK & x.inside_CK
-        waited_CK = jnp.where(x.begun_CK, 0, x_CK * x.enter_CK)
-        kept_1K -= jnp.sum(waited_CK, axis=-2, keepdims=True)
-        first_1K = jnp.min(jnp.where(begun_CK, row_CK, row_CK.shape[1]), axis=-2, keepdims=True)
-        first_CK = (row_CK == first_1K) & (z_1K == -jnp.inf)
-        dk_ref[0] = (dk_CK + jnp.where(first_CK, kept_1K, 0)).astype(dk_ref.dtype)
+        ones_RV = jnp.ones((1, ROWS, do_ref.shape[-1]), jnp.float32)
+        for g in range(heads):
+            both_KV = ds_ref[0, g] * s_ref[0, 0, g]
+            kept_RK[g : g + 1] = _dot("NT", ones_RV, both_KV[None], jnp.float32)[0, :1]
+        lanes = zip(_lane_tiles(scratch), _lanes(z_RK[...]), _lanes(kept_RK[...]), strict=True)
+        for refs, z_RW, kept_RW in lanes:
+            _to_first_keys(refs, z_RW, kept_RW)
+
+    @_for_heads(heads)
+    def _(hs):
+        dk_ref[0, hs] = (keys_ref[hs] - _take(scratch.leave, hs)).astype(dk_ref.dtype)
 
 
-def _factors(k_CK, run_CK, z_1K) -> _Factors:
-    last_CK = _largest(k_CK, run_CK, z_1K)
-    own_CK = jnp.exp(k_CK - last_CK)
-    inside_CK = True if run_CK is None else run_CK == 0
-    where_inside = lambda x: x if run_CK is None else jnp.where(inside_CK, x, 0)
+def _prepare(scratch: _Factors, tokens: _Tokens, z_RK) -> jax.Array:
+    """Fills the scratch; returns z_e [R, K]."""
+    run = None
+    if tokens.run is not None:
+        run = _runs(tokens.run[0, 0], scratch.own.shape[-1])
 
-    n_CK = own_CK + where_inside(jnp.exp(z_1K - last_CK))
-    levels, half = [], 1
-    while half < k_CK.shape[1]:
-        middle_CK = _row(last_CK, half, half - 1)
-        right = _right(k_CK, half)
-        e_CK = jnp.exp(jnp.minimum(jnp.where(right, middle_CK - last_CK, k_CK - middle_CK), 0))
-        if run_CK is not None:
-            e_CK = jnp.where(run_CK == _row(run_CK, half, half - 1), e_CK, 0)
-        n_CK += jnp.where(right, e_CK * _from_left(e_CK, half), 0)
-        levels.append(e_CK)
-        half *= 2
-    begun_CK = n_CK > 0
-    inverse_CK = 1 / jnp.where(begun_CK, n_CK, 1)
+    @_for_heads(tokens.k.shape[1])
+    def _(hs):
+        _put(scratch.leave, hs, tokens.k[0, hs].astype(jnp.float32))
 
-    # A state without normaliser waits for the first key, and decays from there.
-    first_CK = where_inside(begun_CK)
-    first_1K = jnp.min(jnp.where(first_CK, last_CK, jnp.inf), axis=-2, keepdims=True)
-    start_1K = jnp.where(z_1K == -jnp.inf, first_1K, z_1K)
-    enter_CK = jnp.exp(jnp.minimum(start_1K - last_CK, 0)) * inverse_CK
-    enter_CK = where_inside(jnp.where(begun_CK, enter_CK, 1))
-    leave_CK = jnp.exp(jnp.minimum(k_CK - last_CK[:, -1:], 0)) * inverse_CK[:, -1:]
-    if run_CK is not None:
-        leave_CK = jnp.where(run_CK == run_CK[:, -1:], leave_CK, 0)
-    z_end_1K = last_CK[:, -1:] + jnp.log(n_CK[:, -1:])
-    return _Factors(
-        levels, own_CK, inverse_CK, enter_CK, leave_CK, z_end_1K, begun_CK, inside_CK
-    )
+    tiles = zip(_lane_tiles(scratch), _lanes(z_RK), strict=True)
+    return jnp.concatenate([_tree(refs, run, z_RW) for refs, z_RW in tiles], axis=-1)
 
 
-def _largest(k_CK, run_CK, z_1K) -> jax.Array:
-    """m: the largest of the logits so far and of z_b, finite."""
-    k, run = _tiles(jnp.maximum(k_CK, FLOOR)), None if run_CK is None else _tiles(run_CK)
-    row = jax.lax.broadcasted_iota(jnp.int32, k.shape, 2)
-    shift = 1
-    while shift < TILE:
-        earlier = row >= shift
+def _tree(refs: _Factors, run, z_RW) -> jax.Array:
+    """The factors of W channels, from the logits, which are in ``leave``; returns z_e.
+
+    Goes eight tokens at a time, so that registers hold what they need. Blocks of a level that are
+    longer than that are passed through: ``total`` is the sum of exp(k_j - r) over the left half.
+    """
+    count = refs.own.shape[0] // ROWS**2
+    last = _largest(refs.leave, run, z_RW)
+    start_RW, total = z_RW, {}
+    for i in range(count):
+        k, m = _eight(refs.leave, i), jnp.stack(last[ROWS * i : ROWS * (i + 1)])
+        here = None if run is None else run[ROWS * i : ROWS * (i + 1)]
+        inside = True if here is None else here == 0
+        own = jnp.exp(k - m)
+        n = own + _where(inside, jnp.exp(z_RW - m))
+        _set_eight(refs.own, i, own)
+        for level, ref in enumerate(refs.levels):
+            half = 2**level
+            if half < ROWS:
+                (k_left, _), (m_left, m_right) = _halves(k, half), _halves(m, half)
+                r = m_left[:, -1:]
+                left, right = jnp.exp(k_left - r), jnp.exp(r - m_right)
+                if here is not None:
+                    run_left, run_right = _halves(here, half)
+                    left = _where(run_left == run_left[:, -1:], left)
+                    right = _where(run_right == run_left[:, -1:], right)
+                n_left, n_right = _halves(n, half)
+                n = _join(n_left, n_right + right * jnp.sum(left, axis=1, keepdims=True))
+                e = _join(left, right)
+            else:
+                middle = ROWS * i // (2 * half) * 2 * half + half - 1
+                same = True if run is None else here == run[middle]
+                if _in_left(i, half):
+                    e = _where(same, jnp.exp(k - last[middle]))
+                    total[half] = jnp.sum(e, axis=0) + _or_zero(total, half, i)
+                else:
+                    e = _where(same, jnp.exp(last[middle] - m))
+                    n += e * total[half]
+            _set_eight(ref, i, e)
+        begun = n > 0
+        inverse = 1 / jnp.where(begun, n, 1)
+        _set_eight(refs.inverse, i, inverse)
+        # A state without normaliser waits for the first key, and decays from there.
+        first_RW = jnp.min(jnp.where(begun & inside, m, jnp.inf), axis=0)
+        waiting_RW = (start_RW == -jnp.inf) & (first_RW < jnp.inf)
+        start_RW = jnp.where(waiting_RW, first_RW, start_RW)
+        enter = jnp.where(begun, jnp.exp(start_RW - m) * inverse, 1)
+        _set_eight(refs.enter, i, _where(inside, enter))
+    for i in range(count):
+        leave = jnp.exp(_eight(refs.leave, i) - last[-1]) * inverse[-1]
+        to_end = True if run is None else run[ROWS * i : ROWS * (i + 1)] == run[-1]
+        _set_eight(refs.leave, i, _where(to_end, leave))
+    return last[-1] + jnp.log(n[-1])
+
+
+def _largest(k_ref, run, z_RW) -> list[jax.Array]:
+    """m: the largest of the logits so far and of z_b, finite: [R, W] for every token."""
+    last, before_RW = [], jnp.maximum(z_RW, FLOOR)
+    for i in range(k_ref.shape[0] // ROWS):
         if run is not None:
-            earlier &= run == pltpu.roll(run, shift, 2)
-        k = jnp.where(earlier, jnp.maximum(k, pltpu.roll(k, shift, 2)), k)
-        shift *= 2
-    tiles, before, before_run = [], jnp.maximum(z_1K, FLOOR), 0
-    for i in range(k.shape[1]):
-        if run is not None:
-            before = jnp.where(run[:, i] == before_run, before, FLOOR)
-            before_run = run[:, i, -1:]
-        tiles.append(jnp.maximum(k[:, i], before))
-        before = tiles[-1][:, -1:]
-    return jnp.concatenate(tiles, axis=1)
+            same = run[i] == (run[i - 1] if i else 0)
+            before_RW = jnp.where(same, before_RW, FLOOR)
+        before_RW = jnp.maximum(before_RW, k_ref[ROWS * i : ROWS * (i + 1)])
+        last.append(before_RW)
+    return last
 
 
-def _row(x_CD, half: int, index: int) -> jax.Array:
-    """Row ``index`` of every block of 2 * half rows, on all rows of the block."""
-    if half >= TILE:
-        blocks = _blocks(x_CD, half)
-        row = blocks[:, :, index : index + 1]
-        return jnp.broadcast_to(row, blocks.shape).reshape(x_CD.shape)
-    tiles = _tiles(x_CD)
-    row = jax.lax.broadcasted_iota(jnp.int32, tiles.shape, 2)
-    result = tiles[:, :, index : index + 1]
-    for start in range(2 * half, TILE, 2 * half):
-        result = jnp.where(row < start, result, tiles[:, :, start + index : start + index + 1])
-    return jnp.broadcast_to(result, tiles.shape).reshape(x_CD.shape)
+def _through_normaliser(refs: _Factors, r_RW) -> jax.Array:
+    """Puts what the keys of W channels receive through z, from x, into ``leave``; returns R_b."""
+    r_before_RW, total = refs.enter[-ROWS:] * r_RW, {}
+    for i in reversed(range(refs.own.shape[0] // ROWS**2)):
+        x, enter = _eight(refs.x, i), _eight(refs.enter, i)
+        r_before_RW += jnp.sum(enter * x, axis=0)
+        x *= _eight(refs.inverse, i)
+        w = _eight(refs.own, i) * x + _eight(refs.leave, i) * r_RW
+        for level, ref in enumerate(refs.levels):
+            half, e = 2**level, _eight(ref, i)
+            if half < ROWS:
+                (left, right), (w_left, w_right) = _halves(e, half), _halves(w, half)
+                x_right = _halves(x, half)[1]
+                w_left += left * jnp.sum(right * x_right, axis=1, keepdims=True)
+                w = _join(w_left, w_right)
+            elif _in_left(i, half):
+                w += e * total[half]
+            else:
+                total[half] = jnp.sum(e * x, axis=0) + _or_zero(total, half, i + 1)
+        _set_eight(refs.leave, i, w)
+    return r_before_RW
 
 
-def _from_left(x_CD, half: int) -> jax.Array:
-    """On all rows of a block of 2 * half rows, the sum over its left half."""
-    if half >= TILE:
-        blocks = _blocks(x_CD, half)
-        total = jnp.sum(blocks[:, :, :half], axis=2, keepdims=True)
-        return jnp.broadcast_to(total, blocks.shape).reshape(x_CD.shape)
-    return _row(_sums(x_CD, half), half, half - 1)
+def _to_first_keys(refs: _Factors, z_RW, kept_RW) -> None:
+    """A channel's first key does not make the state decay: corrects what ``leave`` holds.
+
+    kept_RW is <dS_b, S_b>, of which the tokens before the first key are no part.
+    """
+
+    def token(i, carry):
+        waiting, kept_RW = carry
+        rows = pl.ds(pl.multiple_of(ROWS * i, ROWS), ROWS)
+        enter_RW = refs.enter[rows, :]
+        waiting = waiting * (enter_RW > 0)  # up to the end of the segment
+        there = refs.own[rows, :] > 0
+        refs.leave[rows, :] -= jnp.where(there, waiting * kept_RW, 0)
+        waiting = jnp.where(there, 0, waiting)
+        return waiting, kept_RW - waiting * enter_RW * refs.x[rows, :]
+
+    waiting = (z_RW == -jnp.inf).astype(jnp.float32)
+    jax.lax.fori_loop(0, refs.own.shape[0] // ROWS, token, (waiting, kept_RW))
 
 
-def _from_right(x_CD, half: int) -> jax.Array:
-    if half >= TILE:
-        blocks = _blocks(x_CD, half)
-        total = jnp.sum(blocks[:, :, half:], axis=2, keepdims=True)
-        return jnp.broadcast_to(total, blocks.shape).reshape(x_CD.shape)
-    return _row(_sums(x_CD, half), half, 2 * half - 1)
+def _in_left(i: int, half: int) -> bool:
+    """Whether the i-th eight tokens lie in the left half of a block of 2 * half."""
+    return ROWS * i & half == 0
 
 
-def _sums(x_CD, length: int) -> jax.Array:
-    """Sums of ``length`` rows up to a row, within tiles."""
-    x, shift = _tiles(x_CD), 1
-    while shift < length:
-        x += pltpu.roll(x, shift, 2)
-        shift *= 2
-    return x.reshape(x_CD.shape)
+def _or_zero(total: dict[int, jax.Array], half: int, i: int):
+    """The sum so far, none at the edge of a block."""
+    return 0 if ROWS * i % (2 * half) == 0 else total[half]
 
 
-def _right(x_CD, half: int) -> jax.Array:
-    """Whether a row lies in the right half of its block."""
-    return jax.lax.broadcasted_iota(jnp.int32, x_CD.shape, 1) & half != 0
+def _runs(run_GC, width: int) -> jax.Array:
+    """[G, C] on all lanes: [C, R, W]."""
+    missing = ROWS - run_GC.shape[0]
+    if missing:
+        run_GC = jnp.concatenate([run_GC, jnp.zeros((missing, run_GC.shape[1]), run_GC.dtype)])
+    column = lambda i: jnp.broadcast_to(run_GC[:, i : i + 1], (ROWS, width))
+    return jnp.stack([column(i) for i in range(run_GC.shape[1])])
 
 
-def _pairs(half: int, x_CD, transposed: bool = False) -> jax.Array:
-    """[C, C]: pairs (i, j) that meet where blocks have halves of ``half`` rows; 0: i = j."""
-    shape = x_CD.shape[0], x_CD.shape[1], x_CD.shape[1]
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
-    if transposed:
-        i, j = j, i
-    differ = i ^ j
-    return (differ >= half) & (differ < max(2 * half, 1)) & (i >= j)
+def _where(condition, x):
+    return x if condition is True else jnp.where(condition, x, 0)
 
 
-def _across(x: _Factors) -> jax.Array:
-    """exp(z_b - z_e): [K, 1]."""
-    last = jnp.broadcast_to(x.enter_CK[:, -1:], (x.enter_CK.shape[0], TILE, x.enter_CK.shape[2]))
-    return jnp.swapaxes(last, 1, 2)[:, :, :1]
+def _eight(ref, i: int) -> jax.Array:
+    """Eight tokens of [C * R, W]: [8, R, W]."""
+    return ref[ROWS**2 * i : ROWS**2 * (i + 1)].reshape(ROWS, ROWS, ref.shape[-1])
+
+
+def _set_eight(ref, i: int, x) -> None:
+    ref[ROWS**2 * i : ROWS**2 * (i + 1)] = x.reshape(-1, x.shape[-1])
+
+
+def _halves(x_8RW, half: int) -> tuple[jax.Array, jax.Array]:
+    """Left and right halves of all blocks of 2 * half tokens: [n, half, R, W] each."""
+    x = x_8RW.reshape(-1, 2, half, *x_8RW.shape[1:])
+    return x[:, 0], x[:, 1]
+
+
+def _join(left, right) -> jax.Array:
+    return jnp.stack([left, right], axis=1).reshape(ROWS, *left.shape[2:])
+
+
+def _lanes(x_RK) -> list[jax.Array]:
+    """[R, W] each."""
+    width = min(x_RK.shape[-1], LANES)
+    return [x_RK[:, i : i + width] for i in range(0, x_RK.shape[-1], width)]
+
+
+def _lane_tiles(scratch: _Factors) -> list[_Factors]:
+    tile = lambda i: jax.tree.map(lambda ref: ref.at[i], scratch)
+    return [tile(i) for i in range(scratch.own.shape[0])]
+
+
+def _for_heads(heads: int):
+    """Runs a function on all heads, some together: between them they hide latencies."""
+    together = math.gcd(heads, TOGETHER)
+
+    def loop(function):
+        body = lambda i, _: function(pl.ds(i * together, together))
+        jax.lax.fori_loop(0, heads // together, body, None)
+
+    return loop
+
+
+def _take(ref, heads: pl.Slice) -> jax.Array:
+    """Rows of some heads: [L, C * R, W] -> [P, C, K]."""
+    count = ref.shape[1] // ROWS
+    lanes = lambda g: [ref[i, pl.ds(g, count, ROWS), :] for i in range(ref.shape[0])]
+    return jnp.stack([jnp.concatenate(lanes(heads.start + j), axis=-1) for j in range(heads.size)])
+
+
+def _put(ref, heads: pl.Slice, x_CK) -> None:
+    for j in range(heads.size):
+        for i, x_CW in enumerate(_lanes(x_CK[j])):
+            ref[i, pl.ds(heads.start + j, x_CW.shape[0], ROWS), :] = x_CW
+
+
+def _across(enter_ref, heads: pl.Slice) -> jax.Array:
+    """exp(z_b - z_e) [P, K, 1] of some heads: the last token's factor, as a column."""
+    end = enter_ref.shape[1] - ROWS + heads.start
+    columns = []
+    for j in range(heads.size):
+        lanes = [enter_ref[i, pl.ds(end + j, 1), :] for i in range(enter_ref.shape[0])]
+        row_1K = jnp.concatenate(lanes, axis=-1)
+        row_RK = jnp.broadcast_to(row_1K, (ROWS, row_1K.shape[1]))
+        columns.append(jnp.swapaxes(row_RK, 0, 1)[:, :1])
+    return jnp.stack(columns)
+
+
+def _meetings(chunk: int) -> tuple[jax.Array, jax.Array]:
+    """[1, C, C] levels at which token i (row) meets token j <= i; and with j as the row."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (1, chunk, chunk), axis) for axis in (1, 2))
+    level = jnp.full(i.shape, OWN, jnp.int32)
+    for bit in range(chunk.bit_length() - 1):
+        level = jnp.where((i ^ j) >= 2**bit, bit, level)
+    return jnp.where(i >= j, level, LATER), jnp.where(i <= j, level, LATER)
 
 
 def _times(x_CK, f_CK) -> jax.Array:
@@ -380,49 +500,48 @@ def _times(x_CK, f_CK) -> jax.Array:
 
 def _dot(kind: str, a, b, operand) -> jax.Array:
     """a @ b for every head, in float32; T: transposed first."""
-    dims = ((1 if kind[0] == "T" else 2,), (2 if kind[1] == "T" else 1,)), ((0,), (0,))
+    dims = ((0 if kind[0] == "T" else 1,), (1 if kind[1] == "T" else 0,)), ((), ())
     precision = HIGHEST if operand == jnp.float32 else None
-    return jax.lax.dot_general(
+    product = lambda a, b: jax.lax.dot_general(
         a.astype(operand), b.astype(operand), dims, precision, preferred_element_type=jnp.float32
     )
+    return jnp.stack([product(a[i], b[i]) for i in range(a.shape[0])])
 
 
-def _tiles(x_CD) -> jax.Array:
-    return x_CD.reshape(x_CD.shape[0], -1, TILE, x_CD.shape[-1])
+def _load(tokens: _Tokens, heads: slice, scale):
+    """q with the scale, v and f of some heads."""
+    q, v = (x[0, heads].astype(jnp.float32) for x in (tokens.q, tokens.v))
+    return scale * q, v, None if tokens.f is None else tokens.f[0, heads].astype(jnp.float32)
 
 
-def _blocks(x_CD, half: int) -> jax.Array:
-    return x_CD.reshape(x_CD.shape[0], -1, 2 * half, x_CD.shape[-1])
+_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+)
 
 
-def _load(tokens: _Tokens, scale):
-    q, k, v = (x[0].astype(jnp.float32) for x in tokens[:3])
-    f = None if tokens.f is None else tokens.f[0].astype(jnp.float32)
-    run = None
-    if tokens.run is not None:
-        run = jnp.broadcast_to(tokens.run[0], (1, k.shape[-1], k.shape[-2]))
-        run = jnp.broadcast_to(jnp.swapaxes(run, 1, 2), k.shape)
-    return q * scale, k, v, f, run
+def _scratch(chunk: int, key_dim: int) -> _Factors:
+    width = min(key_dim, LANES)
+    ref = pltpu.VMEM((key_dim // width, chunk * ROWS, width), jnp.float32)
+    return _Factors([ref] * (chunk.bit_length() - 1), *[ref] * 5)
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
-def _group(heads: int) -> int:
-    return next(n for n in range(min(heads, HEADS), 0, -1) if heads % n == 0)
+def _group(rows: int) -> int:
+    return next(n for n in range(ROWS, 0, -1) if rows % n == 0)
 
 
 def _operand(q, v):
-    """Dtype of the factors of products: all of them but q, v and the state are at most 1."""
+    """Dtype of the operands of products; all but q, v and the states are at most 1."""
     return jnp.bfloat16 if q.dtype == v.dtype == jnp.bfloat16 else jnp.float32
 
 
 def _tokens(q, k, v, f, run, chunk: int) -> _Tokens:
     if run is not None:
+        batch, heads = q.shape[0], q.shape[2]
         run = jnp.pad(run, ((0, 0), (0, -run.shape[1] % chunk)), mode="edge")
-        run = run.reshape(run.shape[0], -1, 1, chunk)
-        entering = jnp.pad(run[:, :-1, :, -1:], ((0, 0), (1, 0), (0, 0), (0, 0)))
-        run = run - entering
+        run = run.reshape(batch, -1, chunk)
+        run -= jnp.pad(run[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+        run = jnp.broadcast_to(run[:, None], (batch, heads, *run.shape[1:]))
+        run = run.reshape(-1, _group(batch * heads), *run.shape[2:]).swapaxes(1, 2)
     return _Tokens(
         q=_heads_first(q, chunk),
         k=_heads_first(k, chunk, constant_values=-jnp.inf),
@@ -433,28 +552,37 @@ def _tokens(q, k, v, f, run, chunk: int) -> _Tokens:
 
 
 def _heads_first(x_BTHD, chunk: int, **padding) -> jax.Array:
-    """[B, T, H, D] -> [B, H, T, D] with whole chunks."""
-    x = jnp.pad(x_BTHD, ((0, 0), (0, -x_BTHD.shape[1] % chunk), (0, 0), (0, 0)), **padding)
-    return jnp.swapaxes(x, 1, 2)
+    """[B, T, H, D] -> [N, G, T, D] with whole chunks."""
+    batch, tokens, heads, width = x_BTHD.shape
+    x = jnp.pad(x_BTHD, ((0, 0), (0, -tokens % chunk), (0, 0), (0, 0)), **padding)
+    return jnp.swapaxes(x, 1, 2).reshape(-1, _group(batch * heads), x.shape[1], width)
 
 
-def _rows(x_BHTD, tokens: int) -> jax.Array:
-    return jnp.swapaxes(x_BHTD, 1, 2)[:, :tokens]
+def _rows(x_NGTD, like) -> jax.Array:
+    """Back to the batch, tokens and heads of ``like``."""
+    batch, tokens, heads, _ = like.shape
+    x = x_NGTD.reshape(batch, heads, *x_NGTD.shape[2:])
+    return jnp.swapaxes(x, 1, 2)[:, :tokens]
 
 
-def _spec(grid, heads: int, *dims: int) -> pl.BlockSpec:
-    """One block for all of a row."""
-    return pl.BlockSpec((1, heads // grid[1], *dims), lambda b, h, x: (b, h, 0, 0))
+def _row_spec(*dims: int) -> pl.BlockSpec:
+    """One block for all chunks of a row."""
+    return pl.BlockSpec((1, *dims), lambda n, x: (n, *(0 for _ in dims)))
 
 
-def _chunk_spec(grid, heads: int, chunk: int, width: int, order) -> pl.BlockSpec:
-    block = 1, heads // grid[1], chunk, width
-    return pl.BlockSpec(block, lambda b, h, x: (b, h, order(x), 0))
+def _start_spec(order, *dims: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, *dims), lambda n, x: (order(x), n, *(0 for _ in dims)))
 
 
-def _token_specs(grid, tokens: _Tokens, chunk: int, order) -> _Tokens:
-    spec = lambda x: _chunk_spec(grid, x.shape[1], chunk, x.shape[-1], order)
+def _chunk_spec(x_NGTD, chunk: int, order) -> pl.BlockSpec:
+    block = 1, x_NGTD.shape[1], chunk, x_NGTD.shape[3]
+    return pl.BlockSpec(block, lambda n, x: (n, 0, order(x), 0))
+
+
+def _token_specs(tokens: _Tokens, chunk: int, order) -> _Tokens:
+    specs = [None if x is None else _chunk_spec(x, chunk, order) for x in tokens[:4]]
     run = None
     if tokens.run is not None:
-        run = pl.BlockSpec((1, 1, 1, chunk), lambda b, h, x: (b, order(x), 0, 0))
-    return _Tokens(*(None if x is None else spec(x) for x in tokens[:4]), run)
+        block = 1, 1, *tokens.run.shape[2:]
+        run = pl.BlockSpec(block, lambda n, x: (n, order(x), 0, 0))
+    return _Tokens(*specs, run)
