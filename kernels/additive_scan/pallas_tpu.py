@@ -29,7 +29,6 @@ import jax.numpy as jnp
 HIGHEST = jax.lax.Precision.HIGHEST
 FLOOR = float(jnp.finfo(jnp.float32).min)  # stands for a largest logit of -inf
 ROWS, LANES = 8, 128  # of a register
-TOGETHER = 4  # heads
 OWN, LATER = -1, -2  # where two tokens do not meet at a level
 
 
@@ -184,7 +183,7 @@ def _forward_kernel(tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, *refs, scale, o
     dot = functools.partial(_dot, operand=operand)
     meet_CC, _ = _meetings(chunk)
 
-    @_for_heads(heads)
+    @_for_heads(heads, operand)
     def _(hs):
         x = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
@@ -216,7 +215,7 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
     dot = functools.partial(_dot, operand=operand)
     meet_CC, met_CC = _meetings(chunk)
 
-    @_for_heads(heads)
+    @_for_heads(heads, operand)
     def _(hs):
         x = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
@@ -251,10 +250,10 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
 
     # The keys act through the normaliser too, for which all of dq is needed.
     r_before = [
-        _through_normaliser(refs, r_RW)
-        for refs, r_RW in zip(_lane_tiles(scratch), _lanes(r_RK[...]), strict=True)
+        _through_normaliser(refs, r_1RW)
+        for refs, r_1RW in zip(_lane_tiles(scratch), _lanes(r_RK[...]), strict=True)
     ]
-    r_RK[...] = jnp.concatenate(r_before, axis=-1)
+    r_RK[...] = _rows_of(r_before)
     r_ref[0] = r_RK[:heads]
 
     @pl.when(jnp.min(z_ref[0, 0]) == -jnp.inf)
@@ -264,8 +263,8 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
             both_KV = ds_ref[0, g] * s_ref[0, 0, g]
             kept_RK[g : g + 1] = _dot("NT", ones_RV, both_KV[None], jnp.float32)[0, :1]
         lanes = zip(_lane_tiles(scratch), _lanes(z_RK[...]), _lanes(kept_RK[...]), strict=True)
-        for refs, z_RW, kept_RW in lanes:
-            _to_first_keys(refs, z_RW, kept_RW)
+        for refs, z_1RW, kept_1RW in lanes:
+            _to_first_keys(refs, z_1RW[0], kept_1RW[0])
 
     @_for_heads(heads)
     def _(hs):
@@ -283,24 +282,24 @@ def _prepare(scratch: _Factors, tokens: _Tokens, z_RK) -> jax.Array:
         _put(scratch.leave, hs, tokens.k[0, hs].astype(jnp.float32))
 
     tiles = zip(_lane_tiles(scratch), _lanes(z_RK), strict=True)
-    return jnp.concatenate([_tree(refs, run, z_RW) for refs, z_RW in tiles], axis=-1)
+    return _rows_of([_tree(refs, run, z_1RW) for refs, z_1RW in tiles])
 
 
-def _tree(refs: _Factors, run, z_RW) -> jax.Array:
+def _tree(refs: _Factors, run, z_1RW) -> jax.Array:
     """The factors of W channels, from the logits, which are in ``leave``; returns z_e.
 
     Goes eight tokens at a time, so that registers hold what they need. Blocks of a level that are
     longer than that are passed through: ``total`` is the sum of exp(k_j - r) over the left half.
     """
     count = refs.own.shape[0] // ROWS**2
-    last = _largest(refs.leave, run, z_RW)
-    start_RW, total = z_RW, {}
+    last = _largest(refs.leave, run, z_1RW)
+    start_1RW, total = z_1RW, {}
     for i in range(count):
-        k, m = _eight(refs.leave, i), jnp.stack(last[ROWS * i : ROWS * (i + 1)])
+        k, m = _eight(refs.leave, i), jnp.concatenate(last[ROWS * i : ROWS * (i + 1)])
         here = None if run is None else run[ROWS * i : ROWS * (i + 1)]
         inside = True if here is None else here == 0
         own = jnp.exp(k - m)
-        n = own + _where(inside, jnp.exp(z_RW - m))
+        n = own + _where(inside, jnp.exp(z_1RW - m))
         _set_eight(refs.own, i, own)
         for level, ref in enumerate(refs.levels):
             half = 2**level
@@ -317,10 +316,10 @@ def _tree(refs: _Factors, run, z_RW) -> jax.Array:
                 e = _join(left, right)
             else:
                 middle = ROWS * i // (2 * half) * 2 * half + half - 1
-                same = True if run is None else here == run[middle]
+                same = True if run is None else here == run[middle : middle + 1]
                 if _in_left(i, half):
                     e = _where(same, jnp.exp(k - last[middle]))
-                    total[half] = jnp.sum(e, axis=0) + _or_zero(total, half, i)
+                    total[half] = jnp.sum(e, axis=0, keepdims=True) + _or_zero(total, half, i)
                 else:
                     e = _where(same, jnp.exp(last[middle] - m))
                     n += e * total[half]
@@ -329,38 +328,38 @@ def _tree(refs: _Factors, run, z_RW) -> jax.Array:
         inverse = 1 / jnp.where(begun, n, 1)
         _set_eight(refs.inverse, i, inverse)
         # A state without normaliser waits for the first key, and decays from there.
-        first_RW = jnp.min(jnp.where(begun & inside, m, jnp.inf), axis=0)
-        waiting_RW = (start_RW == -jnp.inf) & (first_RW < jnp.inf)
-        start_RW = jnp.where(waiting_RW, first_RW, start_RW)
-        enter = jnp.where(begun, jnp.exp(start_RW - m) * inverse, 1)
+        first_1RW = jnp.min(jnp.where(begun & inside, m, jnp.inf), axis=0, keepdims=True)
+        waiting_1RW = (start_1RW == -jnp.inf) & (first_1RW < jnp.inf)
+        start_1RW = jnp.where(waiting_1RW, first_1RW, start_1RW)
+        enter = jnp.where(begun, jnp.exp(start_1RW - m) * inverse, 1)
         _set_eight(refs.enter, i, _where(inside, enter))
     for i in range(count):
-        leave = jnp.exp(_eight(refs.leave, i) - last[-1]) * inverse[-1]
-        to_end = True if run is None else run[ROWS * i : ROWS * (i + 1)] == run[-1]
+        leave = jnp.exp(_eight(refs.leave, i) - last[-1]) * inverse[-1:]
+        to_end = True if run is None else run[ROWS * i : ROWS * (i + 1)] == run[-1:]
         _set_eight(refs.leave, i, _where(to_end, leave))
-    return last[-1] + jnp.log(n[-1])
+    return last[-1] + jnp.log(n[-1:])
 
 
-def _largest(k_ref, run, z_RW) -> list[jax.Array]:
-    """m: the largest of the logits so far and of z_b, finite: [R, W] for every token."""
-    last, before_RW = [], jnp.maximum(z_RW, FLOOR)
+def _largest(k_ref, run, z_1RW) -> list[jax.Array]:
+    """m: the largest of the logits so far and of z_b, finite: [1, R, W] for every token."""
+    last, before_1RW = [], jnp.maximum(z_1RW, FLOOR)
     for i in range(k_ref.shape[0] // ROWS):
         if run is not None:
-            same = run[i] == (run[i - 1] if i else 0)
-            before_RW = jnp.where(same, before_RW, FLOOR)
-        before_RW = jnp.maximum(before_RW, k_ref[ROWS * i : ROWS * (i + 1)])
-        last.append(before_RW)
+            same = run[i : i + 1] == (run[i - 1 : i] if i else 0)
+            before_1RW = jnp.where(same, before_1RW, FLOOR)
+        before_1RW = jnp.maximum(before_1RW, k_ref[ROWS * i : ROWS * (i + 1)][None])
+        last.append(before_1RW)
     return last
 
 
-def _through_normaliser(refs: _Factors, r_RW) -> jax.Array:
+def _through_normaliser(refs: _Factors, r_1RW) -> jax.Array:
     """Puts what the keys of W channels receive through z, from x, into ``leave``; returns R_b."""
-    r_before_RW, total = refs.enter[-ROWS:] * r_RW, {}
+    r_before_1RW, total = refs.enter[-ROWS:][None] * r_1RW, {}
     for i in reversed(range(refs.own.shape[0] // ROWS**2)):
         x, enter = _eight(refs.x, i), _eight(refs.enter, i)
-        r_before_RW += jnp.sum(enter * x, axis=0)
+        r_before_1RW += jnp.sum(enter * x, axis=0, keepdims=True)
         x *= _eight(refs.inverse, i)
-        w = _eight(refs.own, i) * x + _eight(refs.leave, i) * r_RW
+        w = _eight(refs.own, i) * x + _eight(refs.leave, i) * r_1RW
         for level, ref in enumerate(refs.levels):
             half, e = 2**level, _eight(ref, i)
             if half < ROWS:
@@ -371,9 +370,9 @@ def _through_normaliser(refs: _Factors, r_RW) -> jax.Array:
             elif _in_left(i, half):
                 w += e * total[half]
             else:
-                total[half] = jnp.sum(e * x, axis=0) + _or_zero(total, half, i + 1)
+                total[half] = jnp.sum(e * x, axis=0, keepdims=True) + _or_zero(total, half, i + 1)
         _set_eight(refs.leave, i, w)
-    return r_before_RW
+    return r_before_1RW
 
 
 def _to_first_keys(refs: _Factors, z_RW, kept_RW) -> None:
@@ -386,7 +385,7 @@ def _to_first_keys(refs: _Factors, z_RW, kept_RW) -> None:
         waiting, kept_RW = carry
         rows = pl.ds(pl.multiple_of(ROWS * i, ROWS), ROWS)
         enter_RW = refs.enter[rows, :]
-        waiting = waiting * (enter_RW > 0)  # up to the end of the segment
+        waiting = jnp.where(enter_RW > 0, waiting, 0)  # up to the end of the segment
         there = refs.own[rows, :] > 0
         refs.leave[rows, :] -= jnp.where(there, waiting * kept_RW, 0)
         waiting = jnp.where(there, 0, waiting)
@@ -439,9 +438,13 @@ def _join(left, right) -> jax.Array:
 
 
 def _lanes(x_RK) -> list[jax.Array]:
-    """[R, W] each."""
+    """[1, R, W] each."""
     width = min(x_RK.shape[-1], LANES)
-    return [x_RK[:, i : i + width] for i in range(0, x_RK.shape[-1], width)]
+    return [x_RK[None, :, i : i + width] for i in range(0, x_RK.shape[-1], width)]
+
+
+def _rows_of(lanes: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(lanes, axis=-1)[0]
 
 
 def _lane_tiles(scratch: _Factors) -> list[_Factors]:
@@ -449,9 +452,9 @@ def _lane_tiles(scratch: _Factors) -> list[_Factors]:
     return [tile(i) for i in range(scratch.own.shape[0])]
 
 
-def _for_heads(heads: int):
+def _for_heads(heads: int, operand=jnp.bfloat16):
     """Runs a function on all heads, some together: between them they hide latencies."""
-    together = math.gcd(heads, TOGETHER)
+    together = math.gcd(heads, 4 if operand == jnp.bfloat16 else 2)
 
     def loop(function):
         body = lambda i, _: function(pl.ds(i * together, together))
@@ -469,8 +472,8 @@ def _take(ref, heads: pl.Slice) -> jax.Array:
 
 def _put(ref, heads: pl.Slice, x_CK) -> None:
     for j in range(heads.size):
-        for i, x_CW in enumerate(_lanes(x_CK[j])):
-            ref[i, pl.ds(heads.start + j, x_CW.shape[0], ROWS), :] = x_CW
+        for i, x_1CW in enumerate(_lanes(x_CK[j])):
+            ref[i, pl.ds(heads.start + j, x_1CW.shape[1], ROWS), :] = x_1CW[0]
 
 
 def _across(enter_ref, heads: pl.Slice) -> jax.Array:
