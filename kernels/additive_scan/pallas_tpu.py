@@ -19,7 +19,7 @@ the eight heads are R.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -29,31 +29,29 @@ import jax.numpy as jnp
 HIGHEST = jax.lax.Precision.HIGHEST
 FLOOR = float(jnp.finfo(jnp.float32).min)  # stands for a largest logit of -inf
 ROWS, LANES = 8, 128  # of a register
+TOGETHER = {jnp.bfloat16: 4, jnp.float32: 2}  # heads whose products alternate
 OWN, LATER = -1, -2  # where two tokens do not meet at a level
 
 
 class _Tokens(NamedTuple):
-    """Arrays of all heads, N groups of G."""
+    """Arrays of all heads, N groups of G; or their blocks, or references to these."""
 
-    q: jax.Array  # [N, G, T, K]
-    k: jax.Array
-    v: jax.Array  # [N, G, T, V]
-    f: jax.Array | None
-    run: jax.Array | None  # [N, X, G, C], resets since the token before the chunk
+    q: Any  # [N, G, T, K]
+    k: Any
+    v: Any  # [N, G, T, V]
+    f: Any
+    run: Any  # [N, X, G, C], resets since the token before the chunk
 
 
 class _Factors(NamedTuple):
-    """Scratch for what follows from the logits and the normaliser before the chunk.
+    """References to what follows from the logits and z_b: [L, C * R, W] each."""
 
-    All arrays are [L, C * R, W].
-    """
-
-    levels: list  # right half of a block: exp(r - m_i), left half: exp(k_j - r)
-    own: jax.Array  # exp(k_i - m_i)
-    inverse: jax.Array  # 1 / n_i
-    enter: jax.Array  # exp(z_b - z_i)
-    leave: jax.Array  # exp(k_j - z_e); before, the logits
-    x: jax.Array  # backward: q dq
+    levels: list[Any]  # right half of a block: exp(r - m_i), left half: exp(k_j - r)
+    own: Any  # exp(k_i - m_i)
+    inverse: Any  # 1 / n_i
+    enter: Any  # exp(z_b - z_i)
+    leave: Any  # exp(k_j - z_e); before, the logits
+    x: Any  # backward: q dq
 
 
 def supports(q, k, v, f, state, run, *, chunk, stride) -> str | None:
@@ -181,9 +179,9 @@ def _forward_kernel(tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, *refs, scale, o
     z_ref[0] = z_RK[:heads]
 
     dot = functools.partial(_dot, operand=operand)
-    meet_CC, _ = _meetings(chunk)
+    meet_CC = _meetings(chunk)[0]
 
-    @_for_heads(heads, operand)
+    @_for_heads(heads, TOGETHER[operand])
     def _(hs):
         x = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
@@ -215,7 +213,7 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
     dot = functools.partial(_dot, operand=operand)
     meet_CC, met_CC = _meetings(chunk)
 
-    @_for_heads(heads, operand)
+    @_for_heads(heads, TOGETHER[operand])
     def _(hs):
         x = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
@@ -266,7 +264,7 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
         for refs, z_1RW, kept_1RW in lanes:
             _to_first_keys(refs, z_1RW[0], kept_1RW[0])
 
-    @_for_heads(heads)
+    @_for_heads(heads, ROWS)
     def _(hs):
         dk_ref[0, hs] = (keys_ref[hs] - _take(scratch.leave, hs)).astype(dk_ref.dtype)
 
@@ -277,7 +275,7 @@ def _prepare(scratch: _Factors, tokens: _Tokens, z_RK) -> jax.Array:
     if tokens.run is not None:
         run = _runs(tokens.run[0, 0], scratch.own.shape[-1])
 
-    @_for_heads(tokens.k.shape[1])
+    @_for_heads(tokens.k.shape[1], ROWS)
     def _(hs):
         _put(scratch.leave, hs, tokens.k[0, hs].astype(jnp.float32))
 
@@ -452,9 +450,9 @@ def _lane_tiles(scratch: _Factors) -> list[_Factors]:
     return [tile(i) for i in range(scratch.own.shape[0])]
 
 
-def _for_heads(heads: int, operand=jnp.bfloat16):
+def _for_heads(heads: int, together: int):
     """Runs a function on all heads, some together: between them they hide latencies."""
-    together = math.gcd(heads, 4 if operand == jnp.bfloat16 else 2)
+    together = math.gcd(heads, together)
 
     def loop(function):
         body = lambda i, _: function(pl.ds(i * together, together))
@@ -511,7 +509,7 @@ def _dot(kind: str, a, b, operand) -> jax.Array:
     return jnp.stack([product(a[i], b[i]) for i in range(a.shape[0])])
 
 
-def _load(tokens: _Tokens, heads: slice, scale):
+def _load(tokens: _Tokens, heads: pl.Slice, scale):
     """q with the scale, v and f of some heads."""
     q, v = (x[0, heads].astype(jnp.float32) for x in (tokens.q, tokens.v))
     return scale * q, v, None if tokens.f is None else tokens.f[0, heads].astype(jnp.float32)
@@ -583,9 +581,9 @@ def _chunk_spec(x_NGTD, chunk: int, order) -> pl.BlockSpec:
 
 
 def _token_specs(tokens: _Tokens, chunk: int, order) -> _Tokens:
-    specs = [None if x is None else _chunk_spec(x, chunk, order) for x in tokens[:4]]
+    q, k, v, f = (None if x is None else _chunk_spec(x, chunk, order) for x in tokens[:4])
     run = None
     if tokens.run is not None:
         block = 1, 1, *tokens.run.shape[2:]
         run = pl.BlockSpec(block, lambda n, x: (n, order(x), 0, 0))
-    return _Tokens(*specs, run)
+    return _Tokens(q, k, v, f, run)
