@@ -189,9 +189,9 @@ def _forward_kernel(tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, *refs, scale, o
         own_C1 = jnp.sum(_times(over_n_CK * x(scratch.own), f_CK), axis=-1, keepdims=True)
         a_CC = jnp.where(meet_CC == OWN, own_C1, 0)
         for i, level in enumerate(scratch.levels):
-            e_CK = x(level)
-            pairs_CC = dot("NT", over_n_CK * e_CK, _times(e_CK, f_CK))
-            a_CC = jnp.where(meet_CC == i, pairs_CC, a_CC)
+            e_CK, (_, right), (_, put_right) = x(level), *_sides(2**i)
+            pairs_hC = dot("NT", right(over_n_CK) * right(e_CK), _times(e_CK, f_CK))
+            a_CC = put_right(a_CC, jnp.where(right(meet_CC) == i, pairs_hC, right(a_CC)))
         o_CV = dot("NN", a_CC, v_CV) + dot("NN", q_CK * x(scratch.enter), s_KV)
         o_ref[0, hs] = o_CV.astype(o_ref.dtype)
         added_KV = dot("TN", _times(x(scratch.leave), f_CK), v_CV)
@@ -229,11 +229,15 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
         own_C1 = jnp.sum(over_n_CK * own_CK, axis=-1, keepdims=True)
         a_CC = jnp.where(met_CC == OWN, own_C1, 0)  # transposed
         for i, level in enumerate(scratch.levels):
-            e_CK = x(level)
+            e_CK, (left, right), (put_left, put_right) = x(level), *_sides(2**i)
             keys_CK, read_CK = _times(e_CK, f_CK), over_n_CK * e_CK
-            a_CC = jnp.where(met_CC == i, dot("NT", keys_CK, read_CK), a_CC)
-            dq_CK += e_CK * dot("NN", jnp.where(meet_CC == i, p_CC, 0), keys_CK)
-            df_CK += e_CK * dot("NN", jnp.where(met_CC == i, transposed_CC, 0), read_CK)
+            after, before = left(met_CC) == i, right(meet_CC) == i
+            a_hC = jnp.where(after, dot("NT", left(keys_CK), read_CK), left(a_CC))
+            dq_hK = dot("NN", jnp.where(before, right(p_CC), 0), keys_CK)
+            df_hK = dot("NN", jnp.where(after, left(transposed_CC), 0), read_CK)
+            a_CC = put_left(a_CC, a_hC)
+            dq_CK = put_right(dq_CK, right(dq_CK) + right(e_CK) * dq_hK)
+            df_CK = put_left(df_CK, left(df_CK) + left(e_CK) * df_hK)
         dq_CK = inverse_CK * dq_CK + enter_CK * dot("NT", do_CV, s_KV)
         df_CK += leave_CK * dot("NT", v_CV, ds_KV)
         dv_CV = dot("NN", a_CC, do_CV) + dot("NN", _times(leave_CK, f_CK), ds_KV)
@@ -493,6 +497,26 @@ def _meetings(chunk: int) -> tuple[jax.Array, jax.Array]:
     for bit in range(chunk.bit_length() - 1):
         level = jnp.where((i ^ j) >= 2**bit, bit, level)
     return jnp.where(i >= j, level, LATER), jnp.where(i <= j, level, LATER)
+
+
+def _sides(half: int):
+    """Functions that take the rows of left and right halves, and two that put them back.
+
+    All rows stay where halves are shorter than a register.
+    """
+    if half < ROWS:
+        return [lambda x_CD: x_CD] * 2, [lambda x_CD, rows_CD: rows_CD] * 2
+    blocks = lambda x_CD: x_CD.reshape(x_CD.shape[0], -1, 2, half, x_CD.shape[-1])
+
+    def take(x_CD, side: int):
+        return blocks(x_CD)[:, :, side].reshape(x_CD.shape[0], -1, x_CD.shape[-1])
+
+    def put(x_CD, rows_hD, side: int):
+        parts = [blocks(x_CD)[:, :, i] for i in (0, 1)]
+        parts[side] = rows_hD.reshape(parts[side].shape)
+        return jnp.stack(parts, axis=2).reshape(x_CD.shape)
+
+    return tuple([functools.partial(f, side=i) for i in (0, 1)] for f in (take, put))
 
 
 def _times(x_CK, f_CK) -> jax.Array:
