@@ -183,18 +183,19 @@ def _forward_kernel(tokens, s0_ref, z0_ref, o_ref, s_ref, z_ref, *refs, scale, o
 
     @_for_heads(heads, TOGETHER[operand])
     def _(hs):
-        x = lambda ref: _take(ref, hs)
+        rows = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
-        s_KV, over_n_CK = s_ref[0, hs], q_CK * x(scratch.inverse)
-        own_C1 = jnp.sum(_times(over_n_CK * x(scratch.own), f_CK), axis=-1, keepdims=True)
+        s_KV, over_n_CK = s_ref[0, hs], q_CK * rows(scratch.inverse)
+        own_C1 = jnp.sum(_times(over_n_CK * rows(scratch.own), f_CK), axis=-1, keepdims=True)
         a_CC = jnp.where(meet_CC == OWN, own_C1, 0)
         for i, level in enumerate(scratch.levels):
-            e_CK, (_, right), (_, put_right) = x(level), *_sides(2**i)
+            e_CK, (_, right) = rows(level), _sides(2**i)
             pairs_hC = dot("NT", right(over_n_CK) * right(e_CK), _times(e_CK, f_CK))
-            a_CC = put_right(a_CC, jnp.where(right(meet_CC) == i, pairs_hC, right(a_CC)))
-        o_CV = dot("NN", a_CC, v_CV) + dot("NN", q_CK * x(scratch.enter), s_KV)
+            a_hC = jnp.where(right(meet_CC) == i, pairs_hC, right(a_CC))
+            a_CC = _replace(a_CC, a_hC, 2**i, right=True)
+        o_CV = dot("NN", a_CC, v_CV) + dot("NN", q_CK * rows(scratch.enter), s_KV)
         o_ref[0, hs] = o_CV.astype(o_ref.dtype)
-        added_KV = dot("TN", _times(x(scratch.leave), f_CK), v_CV)
+        added_KV = dot("TN", _times(rows(scratch.leave), f_CK), v_CV)
         s_ref[0, hs] = _across(scratch.enter, hs) * s_KV + added_KV
 
 
@@ -215,29 +216,31 @@ def _backward_kernel(tokens, s_ref, z_ref, do_ref, ds_end_ref, r_end_ref, *refs,
 
     @_for_heads(heads, TOGETHER[operand])
     def _(hs):
-        x = lambda ref: _take(ref, hs)
+        rows = lambda ref: _take(ref, hs)
         q_CK, v_CV, f_CK = _load(tokens, hs, scale)
         do_CV, s_KV, ds_KV = do_ref[0, hs].astype(jnp.float32), s_ref[0, 0, hs], ds_ref[0, hs]
         inverse_CK, enter_CK, leave_CK = (
-            x(ref) for ref in (scratch.inverse, scratch.enter, scratch.leave)
+            rows(ref) for ref in (scratch.inverse, scratch.enter, scratch.leave)
         )
-        over_n_CK, own_CK = q_CK * inverse_CK, _times(x(scratch.own), f_CK)
+        over_n_CK, own_CK = q_CK * inverse_CK, _times(rows(scratch.own), f_CK)
         p_C1 = jnp.sum(v_CV * do_CV, axis=-1, keepdims=True)
         p_CC, transposed_CC = dot("NT", do_CV, v_CV), dot("NT", v_CV, do_CV)
         dq_CK = own_CK * p_C1
-        df_CK = x(scratch.own) * over_n_CK * p_C1
+        df_CK = rows(scratch.own) * over_n_CK * p_C1
         own_C1 = jnp.sum(over_n_CK * own_CK, axis=-1, keepdims=True)
         a_CC = jnp.where(met_CC == OWN, own_C1, 0)  # transposed
         for i, level in enumerate(scratch.levels):
-            e_CK, (left, right), (put_left, put_right) = x(level), *_sides(2**i)
+            e_CK, (left, right) = rows(level), _sides(2**i)
             keys_CK, read_CK = _times(e_CK, f_CK), over_n_CK * e_CK
             after, before = left(met_CC) == i, right(meet_CC) == i
             a_hC = jnp.where(after, dot("NT", left(keys_CK), read_CK), left(a_CC))
             dq_hK = dot("NN", jnp.where(before, right(p_CC), 0), keys_CK)
             df_hK = dot("NN", jnp.where(after, left(transposed_CC), 0), read_CK)
-            a_CC = put_left(a_CC, a_hC)
-            dq_CK = put_right(dq_CK, right(dq_CK) + right(e_CK) * dq_hK)
-            df_CK = put_left(df_CK, left(df_CK) + left(e_CK) * df_hK)
+            dq_hK = right(dq_CK) + right(e_CK) * dq_hK
+            df_hK = left(df_CK) + left(e_CK) * df_hK
+            a_CC = _replace(a_CC, a_hC, 2**i, right=False)
+            dq_CK = _replace(dq_CK, dq_hK, 2**i, right=True)
+            df_CK = _replace(df_CK, df_hK, 2**i, right=False)
         dq_CK = inverse_CK * dq_CK + enter_CK * dot("NT", do_CV, s_KV)
         df_CK += leave_CK * dot("NT", v_CV, ds_KV)
         dv_CV = dot("NN", a_CC, do_CV) + dot("NN", _times(leave_CK, f_CK), ds_KV)
@@ -500,23 +503,28 @@ def _meetings(chunk: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _sides(half: int):
-    """Functions that take the rows of left and right halves, and two that put them back.
+    """Two functions that take the rows of the left and of the right halves of blocks.
 
-    All rows stay where halves are shorter than a register.
+    Where halves are shorter than a register, both leave all rows.
     """
     if half < ROWS:
-        return [lambda x_CD: x_CD] * 2, [lambda x_CD, rows_CD: rows_CD] * 2
-    blocks = lambda x_CD: x_CD.reshape(x_CD.shape[0], -1, 2, half, x_CD.shape[-1])
+        return (lambda x_CD: x_CD,) * 2
 
-    def take(x_CD, side: int):
-        return blocks(x_CD)[:, :, side].reshape(x_CD.shape[0], -1, x_CD.shape[-1])
+    def side(x_CD, i: int):
+        blocks = x_CD.reshape(x_CD.shape[0], -1, 2, half, x_CD.shape[-1])
+        return blocks[:, :, i].reshape(x_CD.shape[0], -1, x_CD.shape[-1])
 
-    def put(x_CD, rows_hD, side: int):
-        parts = [blocks(x_CD)[:, :, i] for i in (0, 1)]
-        parts[side] = rows_hD.reshape(parts[side].shape)
-        return jnp.stack(parts, axis=2).reshape(x_CD.shape)
+    return functools.partial(side, i=0), functools.partial(side, i=1)
 
-    return tuple([functools.partial(f, side=i) for i in (0, 1)] for f in (take, put))
+
+def _replace(x_CD, rows_hD, half: int, right: bool) -> jax.Array:
+    """x with other rows on one side, see :func:`_sides`."""
+    if half < ROWS:
+        return rows_hD
+    left_hD, right_hD = (side(x_CD) for side in _sides(half))
+    sides = (left_hD, rows_hD) if right else (rows_hD, right_hD)
+    blocks = [x.reshape(x.shape[0], -1, half, x.shape[-1]) for x in sides]
+    return jnp.stack(blocks, axis=2).reshape(x_CD.shape)
 
 
 def _times(x_CK, f_CK) -> jax.Array:
