@@ -1,0 +1,178 @@
+"""The additive scan's TPU kernels, interpreted on CPU, against the definition in float64.
+
+A case is compiled once: the rows of its batch hold keys of all kinds.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.kernels.additive_scan import pallas_tpu, reference
+
+KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty")
+SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,))  # of the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    tokens: int
+    heads: int
+    dims: tuple[int, int]  # K, V
+    stride: int
+    kinds: tuple[str, ...] = KINDS
+    factors: bool = False
+    segments: bool = False
+    dtype: str = "float32"
+
+
+CASES = {
+    "plain": Case(45, 1, (32, 32), 16),
+    "factors and segments": Case(45, 1, (32, 64), 16, factors=True, segments=True),
+    "bfloat16": Case(40, 2, (32, 32), 16, factors=True, segments=True, dtype="bfloat16"),
+    "long chunks": Case(70, 1, (64, 32), 64, KINDS[3:], segments=True),
+    "three heads of 256": Case(17, 3, (256, 32), 16, ("holes",), factors=True),
+}
+
+
+def keys(kind: str, generator, shape):
+    k, time = generator.normal(size=shape), np.linspace(0, 300, shape[0])[:, None, None]
+    return {
+        "rising": k + time,
+        "falling": k - time,
+        "constant": np.full(shape, 7.0),
+        "huge": 1e6 * k,
+        "holes": np.where(generator.random(shape) < 0.5, -np.inf, k),
+        "waiting": np.where(time < generator.integers(0, 250, shape[1:]), -np.inf, k),
+        "empty": np.full(shape, -np.inf),
+    }.get(kind, k)
+
+
+def arrays(case: Case):
+    """q, k, v, f, state and run; and the cotangents of the outputs."""
+    generator = np.random.default_rng(0)
+    batch, (key_dim, value_dim) = len(case.kinds), case.dims
+    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+    rows = batch, case.tokens, case.heads
+    k = np.stack([keys(kind, generator, (*rows[1:], key_dim)) for kind in case.kinds])
+    q, k, v = normal(*rows, key_dim), jnp.asarray(k, jnp.float32), normal(*rows, value_dim)
+    f = jnp.cos(3 * normal(*rows, key_dim)) if case.factors else None
+    q, k, v, f = jax.tree.map(lambda x: x.astype(case.dtype), (q, k, v, f))
+    state_shape = batch, case.heads, key_dim, value_dim
+    without = np.isin(case.kinds, ("waiting", "empty"))[:, None, None]
+    state = normal(*state_shape), jnp.where(without, -jnp.inf, normal(*state_shape[:3]))
+    run = None
+    if case.segments:
+        counts = [np.searchsorted(s, np.arange(case.tokens), side="right") for s in SEGMENTS]
+        run = jnp.asarray(np.stack(counts[:batch]), jnp.int32)
+    do = normal(*v.shape).astype(case.dtype)
+    return (q, k, v, f, state, run), (do, (normal(*state_shape), normal(*state_shape[:3])))
+
+
+def run_kernels(inputs, cotangents, stride: int):
+    *inputs, state, run = inputs
+    options = {"scale": 0.3, "chunk": None, "stride": stride}
+    o, final, starts = pallas_tpu.forward(*inputs, state, run, **options)
+    gradients = pallas_tpu.backward(*inputs, run, starts, final, *cotangents, **options)
+    return (o, final), gradients, starts
+
+
+@functools.cache
+def compiled(name: str):
+    case = CASES[name]
+    with pltpu.force_tpu_interpret_mode():
+        run = functools.partial(run_kernels, stride=case.stride)
+        lowered = jax.jit(run).lower(*arrays(case))
+        return lowered.compile({"xla_backend_optimization_level": 0})
+
+
+def definition(inputs, cotangents):
+    *inputs, run = inputs
+    reset = None
+    if run is not None:
+        reset = jnp.diff(run, axis=1, prepend=0) > 0
+    scan = lambda *inputs: reference.additive_scan_reference(*inputs, reset, scale=0.3)
+    outputs, pull = jax.vjp(scan, *inputs)
+    return outputs, pull(cotangents)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_definition_in_float64(name):
+    """Outputs, the last state, and all gradients, through the last state too."""
+    inputs, cotangents = arrays(CASES[name])
+    with jax.enable_x64(True):
+        wide = lambda x: np.asarray(x, x.dtype if x.dtype == jnp.int32 else np.float64)
+        expected = jax.device_get(jax.jit(definition)(*jax.tree.map(wide, (inputs, cotangents))))
+    *actual, _ = jax.device_get(compiled(name)(inputs, cotangents))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        there = np.isfinite(e)
+        assert (np.isfinite(a) == there).all()  # z alone may be -inf
+        a, e = np.where(there, a, 0), np.where(there, e, 0)
+        if CASES[name].dtype == "bfloat16":
+            error, size = (np.sqrt(np.mean(x**2)) for x in (a - e, e))
+            assert error <= 1e-2 * size
+            continue
+        for kind, row, expected_row in zip(CASES[name].kinds, a, e, strict=True):
+            largest = max(np.abs(expected_row).max(), 0.1)
+            assert np.abs(row - expected_row).max() <= 2e-5 * largest, kind
+
+
+def test_states_at_the_starts_of_chunks():
+    inputs, cotangents = arrays(CASES["plain"])
+    *_, starts = compiled("plain")(inputs, cotangents)
+    *inputs, (s, z), run = inputs
+    np.testing.assert_array_equal(starts[0][0], s)
+    np.testing.assert_array_equal(starts[1][0], z)
+    for i in (1, 2):
+        part = [x if x is None else x[:, : 16 * i] for x in inputs]
+        _, expected = jax.jit(
+            lambda part: reference.additive_scan_reference(*part, (s, z), run, scale=0.3)
+        )(part)
+        np.testing.assert_allclose(starts[0][i], expected[0], atol=5e-5)
+        np.testing.assert_allclose(starts[1][i], expected[1], rtol=1e-6, atol=1e-5)
+
+
+def test_dtypes_are_those_of_the_inputs():
+    inputs, cotangents = arrays(CASES["bfloat16"])
+    run = functools.partial(run_kernels, stride=16)
+    (o, final), (*gradients, dstate), starts = jax.eval_shape(run, inputs, cotangents)
+    assert {x.dtype for x in (o, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves((final, dstate, starts))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_no_races(what):
+    case = Case(20, 2, (32, 32), 16, ("normal", "waiting"), segments=True)
+    (*inputs, state, run), (do, dfinal) = arrays(case)
+    options = {"scale": 1.0, "chunk": None, "stride": 16}
+    if what == "forward":
+        function = lambda: pallas_tpu.forward(*inputs, state, run, **options)
+    else:
+        starts = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+        arguments = (*inputs, run, starts, state, do, dfinal)
+        function = lambda: pallas_tpu.backward(*arguments, **options)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        run_once = jax.jit(function).lower().compile({"xla_backend_optimization_level": 0})
+        jax.block_until_ready(run_once())
+    assert not interpret_pallas_call.races.races_found
+
+
+WRONG = {
+    "width": ({"dims": (48, 32)}, {}, "K and V must be"),
+    "dtype": ({"dtype": "float16"}, {}, "must be float32 or bfloat16"),
+    "stride": ({}, {"stride": 8}, "stride must be"),
+    "chunk": ({}, {"chunk": 8}, "a chunk must hold the 16 tokens"),
+}
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_not_supported_is_named(changes, options, message):
+    supports = functools.partial(pallas_tpu.supports, **{"chunk": None, "stride": 16, **options})
+    inputs, _ = arrays(dataclasses.replace(CASES["plain"], **changes))
+    assert message in (supports(*inputs) or "")
+    assert pallas_tpu.supports(*arrays(CASES["plain"])[0], chunk=None, stride=16) is None
