@@ -1,14 +1,18 @@
 """DeltaProduct as two Pallas TPU kernels, forward and backward: scans over windows of tokens.
 
 The mathematics and the symbols are those of ``chunk.py``; only what the hardware asks for is
-written anew. The grid is (batch, group of heads, window). Windows of ``stride`` tokens follow one
-another on the same core, the state stays in VMEM, and the heads of a group go through every
-product side by side, which hides the latency of the matrix unit.
+written anew. The grid is (group of heads, window). Windows of ``stride`` tokens follow one another
+on the same core, the state stays in VMEM, and the heads of a group, of any rows of the batch, go
+through every product side by side, which hides the latency of the matrix unit.
 
-Dimensions besides those of ``chunk.py``: X windows, M chunks per window, h heads per group.
+Dimensions besides those of ``chunk.py``:
+  X windows, M chunks per window, h heads per group
+  R = C + L rows that read the state: the queries, then the keys; that makes
+    scores_RL = [P; kk with its decay], and o and the held values are the same expression
+  W lanes: a factor per row is kept repeated along the lanes
+
 Micro-steps are ordered step by step, not token by token: micro-step (t, j) of a chunk is row
-j * C + t, so that the N blocks of a chunk are concatenated and never interleaved. Masks compare
-the true order t * N + j; merging blocks commutes with a permutation.
+j * C + t, so that the N blocks of a chunk are concatenated and never interleaved.
 
 float32 inputs are multiplied at full precision. For bfloat16 inputs the factors of products are
 rounded to bfloat16 and everything else is float32; a Newton step then removes what rounding A
@@ -26,15 +30,19 @@ import jax.numpy as jnp
 from . import chunk as chunk_lib
 
 MICRO_STEPS = 128  # of a chunk at most: rows of the matrix unit
-GROUP = 4  # heads per grid step at most
+BLOCK = 16  # tokens: rows of a bfloat16 tile
+GROUP = 8  # heads per grid step at most
 WIDTHS = (32, 64, 128, 256)
+VMEM = 64 << 20  # bytes
 
 
 class Sizes(NamedTuple):
     """What is static about a call."""
 
+    batch: int  # B
     tokens: int  # T
     steps: int  # N
+    heads: int  # H
     chunk: int  # C
     chunks: int  # M
     windows: int  # X
@@ -44,23 +52,23 @@ class Sizes(NamedTuple):
     has_decay: bool
     has_run: bool
 
+    @property
+    def micro(self) -> int:  # L
+        return self.chunk * self.steps
+
 
 class Chunk(NamedTuple):
     """Everything about a chunk of h heads that does not depend on the state entering it."""
 
-    q_CK: jax.Array
-    k_LK: jax.Array
-    v_LV: jax.Array  # float32, as all below
-    beta_L1: jax.Array
-    decay_LL: jax.Array  # from micro-step r (column) to s (row) for r before s, else 0
-    decay_CL: jax.Array  # to token t (row), times the scale of the output
-    enter_C1: jax.Array | float  # times the scale of the output
-    enter_L1: jax.Array | float
-    leave_L1: jax.Array | float
-    across_11: jax.Array | float
-    kk_LL: jax.Array
+    qk_RK: jax.Array
+    v_LV: jax.Array
+    beta_LW: jax.Array
+    enter_RW: jax.Array | None  # None: factors of 1
+    leave_LW: jax.Array | None
+    across_11: jax.Array | None
+    decay_RL: jax.Array  # 0 where micro-step s is not before the row
+    scores_RL: jax.Array
     inverse_LL: jax.Array
-    p_CL: jax.Array
 
 
 def supports(q, k, v, beta, g, state, run, *, scale, chunk, stride) -> str | None:
@@ -97,15 +105,19 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     """
     sizes = _sizes(q, k, v, g, run, scale, chunk, stride)
     tokens = [_heads_first(sizes, x) for x in (q, k, v)]
-    o = _like(tokens[0], q.dtype, width=v.shape[-1])
-    final = _like(state, jnp.float32)
-    starts = jax.ShapeDtypeStruct((sizes.windows, *state.shape), jnp.float32)
+    state = state.astype(jnp.float32).reshape(-1, *state.shape[2:])
+    shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
     o, final, starts = _call(
         *(_forward_kernel, sizes, lambda x: x),
         {"tokens": tokens, "chunks": [_factors(sizes, beta, g, run)], "states": [state]},
-        {"tokens": [o], "states": [final], "starts": [starts]},
+        {
+            "tokens": [shape((*tokens[0].shape[:3], v.shape[-1]), q.dtype)],
+            "states": [shape(state.shape, jnp.float32)],
+            "starts": [shape((sizes.windows, *state.shape), jnp.float32)],
+        },
     )
-    return _tokens_first(sizes, o)[:, :, 0], final, starts
+    split = lambda x: x.reshape(*x.shape[:-3], sizes.batch, sizes.heads, *x.shape[-2:])
+    return _tokens_first(sizes, o)[:, :, 0], split(final), split(starts)
 
 
 def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride):
@@ -121,32 +133,33 @@ def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride)
     sizes = _sizes(q, k, v, g, run, scale, chunk, stride)
     tokens = [_heads_first(sizes, x) for x in (q, k, v, do)]
     factors = _factors(sizes, beta, g, run)
-    per_chunk = lambda width: jax.ShapeDtypeStruct(
-        (*factors.shape[:3], sizes.group, width), jnp.float32
-    )
-    dfactors = [per_chunk(sizes.chunk * sizes.steps)]  # dbeta
+    join = lambda x: x.astype(jnp.float32).reshape(*x.shape[:-4], -1, *x.shape[-2:])
+    like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
+    rows = lambda width: jax.ShapeDtypeStruct((*factors.shape[:2], sizes.group, width), jnp.float32)
+    drows = [rows(sizes.micro)]  # dbeta
     if sizes.has_decay:
-        dfactors += [per_chunk(sizes.chunk), per_chunk(v.shape[-1])]  # dsum, dend
-    dq, dk, dv, *dfactors, dstate = _call(
+        drows += [rows(sizes.chunk), rows(v.shape[-1])]  # dsum, dend
+    dfinal = join(dfinal)
+    dq, dk, dv, *drows, dstate = _call(
         *(_backward_kernel, sizes, lambda x: sizes.windows - 1 - x),
-        {"tokens": tokens, "chunks": [factors], "starts": [starts], "states": [dfinal]},
+        {"tokens": tokens, "chunks": [factors], "starts": [join(starts)], "states": [dfinal]},
         {
-            "tokens": [_like(x, y.dtype) for x, y in zip(tokens, (q, k, v), strict=False)],
-            "chunks": dfactors,
-            "states": [_like(dfinal, jnp.float32)],
+            "tokens": [like(x, y.dtype) for x, y in zip(tokens, (q, k, v), strict=False)],
+            "chunks": drows,
+            "states": [like(dfinal, jnp.float32)],
         },
     )
     dq, dk, dv = (_tokens_first(sizes, x) for x in (dq, dk, dv))
-    dbeta = _steps_last(sizes, dfactors[0], sizes.steps).astype(beta.dtype)
-    dg = None if g is None else _decay_gradient(sizes, *dfactors[1:]).astype(g.dtype)
-    return dq[:, :, 0], dk, dv, dbeta, dg, dstate
+    dbeta = _steps_last(sizes, drows[0], sizes.steps).astype(beta.dtype)
+    dg = None if g is None else _decay_gradient(sizes, *drows[1:]).astype(g.dtype)
+    return dq[:, :, 0], dk, dv, dbeta, dg, dstate.reshape(starts.shape[1:])
 
 
 # Kernels. Refs hold the blocks of one group of heads and one window.
 
 
-def _forward_kernel(sizes, q, k, v, factors, state, o, final, starts):
-    @pl.when(pl.program_id(2) == 0)
+def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
+    @pl.when(pl.program_id(1) == 0)
     def _():
         final[...] = state[...]
 
@@ -155,17 +168,18 @@ def _forward_kernel(sizes, q, k, v, factors, state, o, final, starts):
     starts[...] = state_KV
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
-        u_LV, _ = _pseudo_values(dot, chunk, state_KV)
-        o_CV = chunk.enter_C1 * dot(chunk.q_CK, state_KV) + dot(chunk.p_CL, u_LV)
-        o[0, :, _span(sizes, m)] = o_CV.astype(o.dtype)
-        state_KV = _next_state(dot, chunk, u_LV, state_KV)
+        read_RV = _times(chunk.enter_RW, dot(chunk.qk_RK, state_KV))
+        u_LV, _ = _pseudo_values(sizes, chunk, read_RV[:, sizes.chunk :])
+        o_CV = read_RV[:, : sizes.chunk] + dot(chunk.scores_RL[:, : sizes.chunk], u_LV)
+        o[0, :, _span(sizes, m)] = (sizes.scale * o_CV).astype(o.dtype)
+        state_KV = _next_state(sizes, chunk, u_LV, state_KV)
     final[...] = state_KV
 
 
-def _backward_kernel(sizes, q, k, v, do, factors, starts, dfinal, dq, dk, dv, *rest):
-    *dfactors, dstate = rest
+def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk, dv, *rest):
+    *drows, dstate = rest
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
         dstate[...] = dfinal[...]
 
@@ -173,19 +187,21 @@ def _backward_kernel(sizes, q, k, v, do, factors, starts, dfinal, dq, dk, dv, *r
     state_KV, entered = starts[...], []
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
-        u_LV, error_LV = _pseudo_values(dot, chunk, state_KV)
+        held_LV = dot(chunk.qk_RK[:, sizes.chunk :], state_KV)
+        u_LV, error_LV = _pseudo_values(sizes, chunk, _times(_keys(sizes, chunk.enter_RW), held_LV))
         entered.append((chunk, u_LV, error_LV, state_KV))
         if m + 1 < sizes.chunks:
-            state_KV = _next_state(dot, chunk, u_LV, state_KV)
+            state_KV = _next_state(sizes, chunk, u_LV, state_KV)
     dstate_KV = dstate[...]
     for m in reversed(range(sizes.chunks)):
-        do_CV = do[0, :, _span(sizes, m)]
-        *dtokens, gradients, dstate_KV = _chunk_backward(sizes, *entered[m], do_CV, dstate_KV)
-        for ref, gradient in zip((dq, dk, dv), dtokens, strict=True):
-            for j in range(ref.shape[0]):
-                rows = gradient[:, j * sizes.chunk : (j + 1) * sizes.chunk]
-                ref[j, :, _span(sizes, m)] = rows.astype(ref.dtype)
-        for ref, gradient in zip(dfactors, gradients, strict=True):
+        do_CV = sizes.scale * do[0, :, _span(sizes, m)].astype(jnp.float32)
+        dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(sizes, *entered[m], do_CV, dstate_KV)
+        dq[0, :, _span(sizes, m)] = dqk_RK[:, : sizes.chunk].astype(dq.dtype)
+        for j in range(sizes.steps):
+            step = slice(j * sizes.chunk, (j + 1) * sizes.chunk)
+            dk[j, :, _span(sizes, m)] = _keys(sizes, dqk_RK)[:, step].astype(dk.dtype)
+            dv[j, :, _span(sizes, m)] = dv_LV[:, step].astype(dv.dtype)
+        for ref, gradient in zip(drows, gradients, strict=True):
             ref[m] = gradient
     dstate[...] = dstate_KV
 
@@ -193,128 +209,210 @@ def _backward_kernel(sizes, q, k, v, do, factors, starts, dfinal, dq, dk, dv, *r
 def _prepare(sizes: Sizes, m: int, q, k, v, factors) -> Chunk:
     """The part of chunk m of the window that does not depend on the state."""
     dot = functools.partial(_dot, sizes.operand)
-    q_CK = q[0, :, _span(sizes, m)]
-    k_LK, v_LV = (
-        jnp.concatenate([x[j, :, _span(sizes, m)] for j in range(sizes.steps)], axis=1)
-        for x in (k, v)
+    steps, tokens = range(sizes.steps), sizes.chunk
+    qk_RK = jnp.concatenate([x[:, _span(sizes, m)] for x in (q[0], *(k[j] for j in steps))], axis=1)
+    v_LV = jnp.concatenate([v[j, :, _span(sizes, m)] for j in steps], axis=1)
+    row, column = _rows_and_columns(
+        sizes, factors[m], max(sizes.micro, *qk_RK.shape[2:], *v_LV.shape[2:])
     )
-    rows, group, tokens = factors[m], sizes.group, sizes.chunk
-    columns = rows.T
-    heads = lambda i: range(i * group, (i + 1) * group)
-    row = lambda i: jnp.stack([rows[h : h + 1] for h in heads(i)])
-    column = lambda i: jnp.stack([columns[:, h : h + 1] for h in heads(i)])
 
-    token_CL, _ = _order(sizes, tokens)
-    _, order_LL = _order(sizes, tokens * sizes.steps)
-    within_CL = token_CL[1] <= token_CL[0]
-    if sizes.has_run:
-        within_CL &= columns[:tokens, -1:] == rows[-1:]
-    decay_CL = within_CL.astype(jnp.float32)[None]
-    beta_L1 = column(0)
-    enter_C1 = enter_L1 = leave_L1 = across_11 = 1.0
+    before_RL = _before(sizes)
+    enter_RW = leave_LW = across_11 = None
     if sizes.has_decay or sizes.has_run:
-        enter_L1, leave_L1 = column(1), column(2)
-        enter_C1 = enter_L1[:, :tokens]
+        enter_LW, leave_LW = column(1), column(2)
+        enter_RW = jnp.concatenate([enter_LW[:, :tokens], enter_LW], axis=1)
         across_11 = row(1)[:, :, tokens - 1 : tokens]
+    decay_CL = jnp.ones((1, tokens, sizes.micro), jnp.float32)
     if sizes.has_decay:
-        decay_CL = jnp.where(within_CL[None], jnp.exp(column(3)[:, :tokens] - row(3)), 0)
-    before_LL = (order_LL[1] < order_LL[0])[None]
-    decay_LL = jnp.where(before_LL, jnp.concatenate([decay_CL] * sizes.steps, axis=1), 0)
-    kk_LL = dot(k_LK, k_LK, (2, 2))
-    decay_CL = sizes.scale * decay_CL
+        decay_CL = jnp.exp(column(3)[:, :tokens, : sizes.micro] - row(3))
+    if sizes.has_run:
+        decay_CL = jnp.where(column(-1)[:, :tokens, : sizes.micro] == row(-1), decay_CL, 0)
+    decay_RL = jnp.where(before_RL, jnp.concatenate([decay_CL] * (1 + sizes.steps), axis=1), 0)
+    scores_RL = decay_RL * dot(qk_RK, _keys(sizes, qk_RK), (2, 2))
+    beta_LW = column(0)
     return Chunk(
-        *(q_CK, k_LK, v_LV.astype(jnp.float32), beta_L1, decay_LL, decay_CL),
-        enter_C1=sizes.scale * enter_C1,
-        enter_L1=enter_L1,
-        leave_L1=leave_L1,
-        across_11=across_11,
-        kk_LL=kk_LL,
-        inverse_LL=_inverse(sizes, beta_L1 * decay_LL * kk_LL, order_LL),
-        p_CL=decay_CL * dot(q_CK, k_LK, (2, 2)),
+        *(qk_RK, v_LV.astype(jnp.float32), beta_LW, enter_RW, leave_LW, across_11),
+        decay_RL=decay_RL,
+        scores_RL=scores_RL,
+        inverse_LL=_inverse(sizes, _times(beta_LW, _keys(sizes, scores_RL))),
     )
 
 
-def _order(sizes: Sizes, rows: int):
-    """Token and true micro-step, as pairs (of the row, of the column), of a [rows, L] matrix."""
-    shape = (rows, sizes.chunk * sizes.steps)
-    index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)]
-    token = [i & (sizes.chunk - 1) for i in index]
-    order = [t * sizes.steps + (i - t) // sizes.chunk for i, t in zip(index, token, strict=True)]
-    return token, order
-
-
-def _inverse(sizes: Sizes, a_LL, order_LL) -> jax.Array:
-    """(I + A)^{-1} by merging blocks, as in ``chunk.py``, for permuted micro-steps.
-
-    Two micro-steps meet in the merge of blocks of b where the highest bit in which their numbers
-    differ is b.
-    """
-    dot = functools.partial(_dot, sizes.operand)
-    differ_LL = (order_LL[0] ^ order_LL[1])[None]
-    eye_LL = (differ_LL == 0).astype(jnp.float32)
-    inverse_LL = eye_LL - jnp.where(differ_LL == 1, a_LL, 0)
-    for level in range(1, (a_LL.shape[-1] - 1).bit_length()):
-        added_LL = jnp.where(differ_LL >> level == 1, a_LL, 0)
-        inverse_LL = inverse_LL - dot(dot(inverse_LL, added_LL), inverse_LL)
-    if sizes.operand == jnp.bfloat16:
-        rounded_LL = inverse_LL.astype(jnp.bfloat16)
-        low_LL = a_LL - a_LL.astype(jnp.bfloat16).astype(jnp.float32)
-        inverse_LL = rounded_LL.astype(jnp.float32)
-        rest_LL = eye_LL - inverse_LL - dot(a_LL, rounded_LL) - dot(low_LL, rounded_LL)
-        inverse_LL = inverse_LL + dot(rounded_LL, rest_LL)
-    return inverse_LL
-
-
-def _pseudo_values(dot, chunk: Chunk, state_KV):
+def _pseudo_values(sizes: Sizes, chunk: Chunk, held_LV):
     """u = T (beta error) and error = v - e^G k H: [h, L, V] each."""
-    error_LV = chunk.v_LV - chunk.enter_L1 * dot(chunk.k_LK, state_KV)
-    return dot(chunk.inverse_LL, chunk.beta_L1 * error_LV), error_LV
+    error_LV = chunk.v_LV - held_LV
+    return _dot(sizes.operand, chunk.inverse_LL, _times(chunk.beta_LW, error_LV)), error_LV
 
 
-def _next_state(dot, chunk: Chunk, u_LV, state_KV):
-    return chunk.across_11 * state_KV + dot(chunk.k_LK, chunk.leave_L1 * u_LV, (1, 1))
+def _next_state(sizes: Sizes, chunk: Chunk, u_LV, state_KV):
+    k_LK = _keys(sizes, chunk.qk_RK)
+    written_KV = _dot(sizes.operand, k_LK, _times(chunk.leave_LW, u_LV), (1, 1))
+    return _times(chunk.across_11, state_KV) + written_KV
 
 
-def _chunk_backward(sizes, chunk: Chunk, u_LV, error_LV, state_KV, do_CV, dstate_KV):
-    """Gradients of a chunk; see ``chunk.backward``, whose v - held is error - (decay kk) u here.
+def _chunk_backward(sizes: Sizes, chunk: Chunk, u_LV, error_LV, state_KV, do_CV, dstate_KV):
+    """Gradients of a chunk; see ``chunk.backward``.
 
     Returns:
-      dq, dk, dv; rows [h, ...] of dbeta and, with a decay, of dsum and dend; dstate.
+      dq above dk [h, R, K]; dv; rows [h, ...] of dbeta and, with a decay, of dsum and dend; dstate.
     """
-    dot = functools.partial(_dot, sizes.operand)
-    q_CK, k_LK, beta_L1 = chunk.q_CK, chunk.k_LK, chunk.beta_L1
-    left_LV = chunk.leave_L1 * dot(k_LK, dstate_KV)
-    du_LV = dot(chunk.p_CL, do_CV, (1, 1)) + left_LV
+    dot, keys = functools.partial(_dot, sizes.operand), functools.partial(_keys, sizes)
+    qk_RK, tokens = chunk.qk_RK, sizes.chunk
+    left_LV = _times(chunk.leave_LW, dot(keys(qk_RK), dstate_KV))
+    du_LV = dot(chunk.scores_RL[:, :tokens], do_CV, (1, 1)) + left_LV
     e_LV = dot(chunk.inverse_LL, du_LV, (1, 1))  # T^T du
-    dv_LV = beta_L1 * e_LV
+    dv_LV = _times(chunk.beta_LW, e_LV)
 
-    eu_LL = dot(e_LV, u_LV, (2, 2)) * chunk.decay_LL
-    dbeta_L1 = _row_sum(e_LV * error_LV) - _row_sum(eu_LL * chunk.kk_LL)
-    dkk_LL = beta_L1 * eu_LL
-    dqk_CL = dot(do_CV, u_LV, (2, 2)) * chunk.decay_CL
+    du_RL = dot(jnp.concatenate([do_CV, e_LV], axis=1), u_LV, (2, 2))
+    dbeta_L1 = _sum(e_LV * error_LV) - _sum(keys(du_RL) * keys(chunk.scores_RL))
+    dscores = [du_RL[:, :tokens], -_times(chunk.beta_LW, keys(du_RL))]
+    dqk_RL = jnp.concatenate(dscores, axis=1) * chunk.decay_RL
+    dread_RV = _times(chunk.enter_RW, jnp.concatenate([do_CV, -dv_LV], axis=1))
 
-    read_CV = chunk.enter_C1 * do_CV.astype(jnp.float32)
-    held_LV = chunk.enter_L1 * dv_LV
-    dq_CK = dot(read_CV, state_KV, (2, 2)) + dot(dqk_CL, k_LK)
-    dk_LK = dot(dqk_CL, q_CK, (1, 1)) - dot(dkk_LL + dkk_LL.transpose(0, 2, 1), k_LK)
-    dk_LK = dk_LK + dot(chunk.leave_L1 * u_LV, dstate_KV, (2, 2)) - dot(held_LV, state_KV, (2, 2))
-
-    carried_KV = chunk.across_11 * dstate_KV
-    dstate_in_KV = carried_KV + dot(q_CK, read_CV, (1, 1)) - dot(k_LK, held_LV, (1, 1))
-
+    dqk_RK = dot(dread_RV, state_KV, (2, 2)) + dot(dqk_RL, keys(qk_RK))
+    dk_LK = dot(dqk_RL, qk_RK, (1, 1)) + dot(_times(chunk.leave_LW, u_LV), dstate_KV, (2, 2))
+    dqk_RK = jnp.concatenate([dqk_RK[:, :tokens], keys(dqk_RK) + dk_LK], axis=1)
+    carried_KV = _times(chunk.across_11, dstate_KV)
     gradients = [_as_rows(dbeta_L1)]
     if sizes.has_decay:
-        dvalue_L1 = _row_sum(chunk.v_LV * dv_LV)
-        dsum_C1 = _row_sum(q_CK.astype(jnp.float32) * dq_CK)
+        dsum_C1 = _sum(qk_RK[:, :tokens].astype(jnp.float32) * dqk_RK[:, :tokens])
+        dvalue_L1 = _sum(chunk.v_LV * dv_LV)
         for j in range(sizes.steps):
-            dsum_C1 = dsum_C1 - dvalue_L1[:, j * sizes.chunk : (j + 1) * sizes.chunk]
+            dsum_C1 = dsum_C1 - dvalue_L1[:, j * tokens : (j + 1) * tokens]
         dend_V = jnp.sum(carried_KV * state_KV, axis=1) + jnp.sum(u_LV * left_LV, axis=1)
         gradients += [_as_rows(dsum_C1), dend_V]
-    return dq_CK, dk_LK, dv_LV, gradients, dstate_in_KV
+    return dqk_RK, dv_LV, gradients, carried_KV + dot(qk_RK, dread_RV, (1, 1))
 
 
-def _row_sum(x):
+def _inverse(sizes: Sizes, a_LL) -> jax.Array:
+    """(I + A)^{-1} by merging blocks, as in ``chunk.py``: X - X A_b X = (I - X A_b) X.
+
+    X is block diagonal, so it is kept as the rows of one block, side by side for all blocks:
+    [h, N * block, L] for blocks of so many tokens. Micro-steps meet in the merge of blocks of b
+    where b is the highest bit in which their numbers differ.
+    """
+    dot = functools.partial(_dot, sizes.operand)
+    differ_LL = _differ(sizes)
+    numbers = 1 << (sizes.steps - 1).bit_length()  # per token
+    eye_LL = jnp.where(differ_LL == 0, 1.0, 0.0)
+    block = min(BLOCK, sizes.chunk)
+    eye_bL = _block_rows(sizes, block, eye_LL)
+    x_bL = eye_bL - _block_rows(sizes, block, jnp.where(differ_LL == 1, a_LL, 0))
+    for level in range(1, (sizes.chunk * numbers - 1).bit_length()):
+        x_bL = x_bL.astype(sizes.operand)
+        x_LL = jnp.where(differ_LL < block * numbers, _repeat(sizes, block, x_bL), _zero(x_bL))
+        xa_bL = dot(x_bL, jnp.where(differ_LL >> level == 1, a_LL, 0))
+        if 1 << level < block * numbers:
+            x_bL = dot(eye_bL - xa_bL, x_LL)
+        else:
+            x_bL = _double(sizes, block, x_bL, dot(-xa_bL, x_LL).astype(sizes.operand))
+            block *= 2
+    return x_bL if sizes.operand == jnp.float32 else _newton(a_LL, x_bL, eye_LL)
+
+
+def _newton(a_LL, x_LL, eye_LL):
+    """X + X (I - (I + A) X), where (I + A) is the sum of two bfloat16 matrices."""
+    dot = functools.partial(_dot, jnp.dtype(jnp.bfloat16))
+    x_LL = x_LL.astype(jnp.bfloat16)
+    high_LL = _truncate(a_LL)
+    sum_LL = jnp.concatenate([eye_LL + high_LL, a_LL - high_LL], axis=2)
+    return dot(x_LL, 2 * eye_LL - dot(sum_LL, jnp.concatenate([x_LL, x_LL], axis=1)))
+
+
+def _block_rows(sizes: Sizes, block: int, x_LL):
+    """Rows of the diagonal blocks of so many tokens, side by side: [., N * block, L]."""
+    token_1L = jax.lax.broadcasted_iota(jnp.int32, (1, 1, sizes.micro), 2) & (sizes.chunk - 1)
+    rows = []
+    for first in range(0, sizes.micro, sizes.chunk):
+        rows_bL = x_LL[:, first : first + block]
+        for start in range(block, sizes.chunk, block):
+            here = x_LL[:, first + start : first + start + block]
+            rows_bL = jnp.where(token_1L // block == start // block, here, rows_bL)
+        rows.append(rows_bL)
+    return jnp.concatenate(rows, axis=1)
+
+
+def _repeat(sizes: Sizes, block: int, x_bL):
+    """Rows of a block as rows of every block: [., L, L]."""
+    steps = [x_bL[:, j * block : (j + 1) * block] for j in range(sizes.steps)]
+    return jnp.concatenate([x for x in steps for _ in range(sizes.chunk // block)], axis=1)
+
+
+def _double(sizes: Sizes, block: int, x_bL, below_bL):
+    """Rows of blocks twice as large, from those of the halves and those below the diagonal."""
+    second = jax.lax.broadcasted_iota(jnp.int32, (1, block, sizes.micro), 2) & block != 0
+    rows = []
+    for j in range(sizes.steps):
+        x, below = (y[:, j * block : (j + 1) * block] for y in (x_bL, below_bL))
+        rows += [jnp.where(second, _zero(x), x), jnp.where(second, x, below)]
+    return jnp.concatenate(rows, axis=1)
+
+
+def _number(sizes: Sizes, axis: int):
+    """A number per micro-step along an axis of [1, L, L] that grows in the true order."""
+    index = jax.lax.broadcasted_iota(jnp.int32, (1, sizes.micro, sizes.micro), axis)
+    token, step = index & (sizes.chunk - 1), index >> (sizes.chunk.bit_length() - 1)
+    return (token << (sizes.steps - 1).bit_length()) + step
+
+
+def _differ(sizes: Sizes):
+    return _number(sizes, 1) ^ _number(sizes, 2)
+
+
+def _before(sizes: Sizes):
+    """Whether the row reads the state after micro-step s (column): [1, R, L]."""
+    shape = (1, sizes.chunk, sizes.micro)
+    token, other = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+    queries = (other & (sizes.chunk - 1)) <= token
+    return jnp.concatenate([queries, _number(sizes, 2) < _number(sizes, 1)], axis=1)
+
+
+def _rows_and_columns(sizes: Sizes, rows, width: int):
+    """Functions that give quantity i of ``_factors`` as [h, 1, L], and repeated as [h, L, W].
+
+    The matrix unit makes the columns, exactly: the three bfloat16 parts of a float32, times ones.
+    """
+    high = _truncate(rows)
+    middle = _truncate(rows - high)
+    parts = jnp.concatenate([high, middle, rows - high - middle], axis=0)
+    parts_LP = parts.T.astype(jnp.bfloat16)
+    count = rows.shape[0]
+    part_PW = jax.lax.broadcasted_iota(jnp.int32, (3 * count, width), 0)
+    heads = lambda i: range(i * sizes.group % count, i * sizes.group % count + sizes.group)
+
+    def column(i):
+        picked = [
+            (part_PW == r) | (part_PW == r + count) | (part_PW == r + 2 * count) for r in heads(i)
+        ]
+        ones = [jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16) for mask in picked]
+        dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
+        return jnp.stack([dot(parts_LP, x) for x in ones])
+
+    return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
+
+
+def _truncate(x):
+    """The leading bits of a float32 that a bfloat16 holds, as a float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
+
+
+def _times(factor, x):
+    """Rows (or all) of x by a factor that is kept repeated along the lanes; None is 1."""
+    return x if factor is None else factor[..., : x.shape[-1]] * x
+
+
+def _keys(sizes: Sizes, x):
+    """The rows of the keys: [., R, .] -> [., L, .]."""
+    return None if x is None else x[:, sizes.chunk :]
+
+
+def _sum(x):
     return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _zero(x):
+    return jnp.zeros((), x.dtype)
 
 
 def _as_rows(x_L1):
@@ -324,11 +422,10 @@ def _as_rows(x_L1):
 
 def _dot(operand, a, b, contract=(2, 1)):
     """Product per head, summed over axis contract[0] of a and contract[1] of b, in float32."""
-    precision = jax.lax.Precision.HIGHEST if operand == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((0,), (0,)))
     return jax.lax.dot_general(
         *(a.astype(operand), b.astype(operand), dimensions),
-        precision=precision,
+        precision=jax.lax.Precision.HIGHEST if operand == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
 
@@ -346,26 +443,23 @@ def _default_chunk(steps: int, stride: int) -> int:
 
 
 def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
-    tokens, steps, heads = k.shape[1:4]
+    batch, tokens, steps, heads = k.shape[:4]
     chunk = _default_chunk(steps, stride) if chunk is None else chunk
     rounded = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
     return Sizes(
+        batch=batch,
         tokens=tokens,
         steps=steps,
+        heads=heads,
         chunk=chunk,
         chunks=stride // chunk,
         windows=pl.cdiv(tokens, stride),
-        group=max(h for h in range(1, GROUP + 1) if heads % h == 0),
+        group=max(h for h in range(1, GROUP + 1) if batch * heads % h == 0),
         operand=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
         scale=scale,
         has_decay=g is not None,
         has_run=run is not None,
     )
-
-
-def _like(x, dtype, width=None) -> jax.ShapeDtypeStruct:
-    shape = x.shape if width is None else (*x.shape[:-1], width)
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _pad(sizes: Sizes, x, mode="constant"):
@@ -376,57 +470,53 @@ def _pad(sizes: Sizes, x, mode="constant"):
 
 
 def _heads_first(sizes: Sizes, x):
-    """[B, T, (N,) H, D] -> [B, N or 1, H, X * M * C, D] in the dtype of factors."""
+    """[B, T, (N,) H, D] -> [N or 1, B * H, X * M * C, D] in the dtype of factors."""
     x = x[:, :, None] if x.ndim == 4 else x
-    return _pad(sizes, x.astype(sizes.operand)).transpose(0, 2, 3, 1, 4)
+    x = _pad(sizes, x.astype(sizes.operand)).transpose(2, 0, 3, 1, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _tokens_first(sizes: Sizes, x):
-    """[B, N, H, X * M * C, D] -> [B, T, N, H, D]."""
-    return x.transpose(0, 3, 1, 2, 4)[:, : sizes.tokens]
+    """[N, B * H, X * M * C, D] -> [B, T, N, H, D]."""
+    x = x.reshape(-1, sizes.batch, sizes.heads, *x.shape[2:])
+    return x.transpose(1, 3, 0, 2, 4)[:, : sizes.tokens]
 
 
 def _factors(sizes: Sizes, beta, g, run):
-    """Rows beta, enter, leave, G and run of every chunk: [B, H / h, X * M, rows, L]."""
-    rows = [_chunk_rows(sizes, beta)]
-    tile = lambda x: jnp.tile(x, sizes.steps)
-    sum_C = decay = None
+    """beta, enter, leave, G and run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
+    rows, sum_C, entering_run = [_chunk_rows(sizes, _pad(sizes, beta))], None, None
     if g is not None:
-        g = _chunk_rows(sizes, g[:, :, None])
+        g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
         sum_C = jnp.cumsum(g, axis=-1)
-    entering_run = None
     if run is not None:
-        run = _pad(sizes, run, mode="edge")
-        chunked = (run.shape[0], 1, run.shape[1] // sizes.chunk, 1, sizes.chunk)
-        entering_run = jnp.pad(run[:, :-1], ((0, 0), (1, 0))).reshape(chunked)[..., 0]
-        run = run.reshape(chunked)
+        run = _pad(sizes, jnp.repeat(run[..., None, None], sizes.heads, axis=3), mode="edge")
+        entering_run = jnp.pad(run[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+        run, entering_run = (_chunk_rows(sizes, x) for x in (run, entering_run))
+        entering_run = entering_run[..., 0]
     if g is not None or run is not None:
         shape = (*rows[0].shape[:-1], sizes.chunk)
         decay = chunk_lib.decays(g, run, entering_run, shape, jnp.float32)
-        rows += [tile(decay.enter_C), tile(decay.leave_C)]
-    if sum_C is not None:
-        rows.append(tile(sum_C))
-    if run is not None:
-        shape = (*rows[0].shape[:-2], 1, sizes.chunk)
-        rows.append(tile(jnp.broadcast_to(run.astype(jnp.float32), shape)))
+        rows += [decay.enter_C, decay.leave_C]
+    rows += [x for x in (sum_C, run) if x is not None]
+    rows = [jnp.tile(x, sizes.micro // x.shape[-1]) for x in rows]
     return jnp.concatenate(rows, axis=-2)
 
 
 def _chunk_rows(sizes: Sizes, x):
-    """[B, T, N, H] -> [B, H / h, X * M, h, C * N] in float32."""
-    x = _pad(sizes, x.astype(jnp.float32))
-    batch, _, steps, heads = x.shape
-    x = x.reshape(batch, -1, sizes.chunk, steps, heads // sizes.group, sizes.group)
-    x = x.transpose(0, 4, 1, 5, 3, 2)
-    return x.reshape(*x.shape[:4], steps * sizes.chunk)
+    """[B, T, N or 1, H] -> [B * H / h, X * M, h, C * N] in float32."""
+    batch, tokens, steps, heads = x.shape
+    x = x.astype(jnp.float32).reshape(batch, tokens // sizes.chunk, sizes.chunk, steps, heads)
+    x = x.transpose(0, 4, 1, 3, 2)
+    x = x.reshape(-1, sizes.group, tokens // sizes.chunk, steps * sizes.chunk)
+    return x.transpose(0, 2, 1, 3)
 
 
 def _steps_last(sizes: Sizes, x, steps: int):
-    """The inverse: [B, H / h, X * M, h, C * N] -> [B, T, N, H]."""
-    batch, groups, chunks = x.shape[:3]
-    x = x.reshape(batch, groups, chunks, sizes.group, steps, sizes.chunk)
-    x = x.transpose(0, 2, 5, 4, 1, 3)
-    x = x.reshape(batch, chunks * sizes.chunk, steps, groups * sizes.group)
+    """The inverse: [B * H / h, X * M, h, C * N] -> [B, T, N, H]."""
+    chunks = x.shape[1]
+    x = x.transpose(0, 2, 1, 3)
+    x = x.reshape(sizes.batch, sizes.heads, chunks, steps, sizes.chunk).transpose(0, 2, 4, 3, 1)
+    x = x.reshape(sizes.batch, chunks * sizes.chunk, steps, sizes.heads)
     return x[:, : sizes.tokens]
 
 
@@ -438,36 +528,35 @@ def _decay_gradient(sizes: Sizes, dsum_C, dend_V):
 
 
 def _call(kernel, sizes: Sizes, window, inputs: dict, outputs: dict):
-    """Runs a kernel on the grid (batch, group of heads, window).
+    """Runs a kernel on the grid (group of heads, window).
 
     ``inputs`` and ``outputs`` list arrays (or their shapes) by kind, in the kernel's order;
-    ``window`` maps the third index of the grid to the window it works on.
+    ``window`` maps the second index of the grid to the window it works on.
     """
     index = {
-        "tokens": lambda b, g, x: (b, 0, g, window(x), 0),
-        "chunks": lambda b, g, x: (b, g, window(x), 0, 0),
-        "states": lambda b, g, x: (b, g, 0, 0),
-        "starts": lambda b, g, x: (window(x), b, g, 0, 0),
+        "tokens": lambda h, x: (0, h, window(x), 0),
+        "chunks": lambda h, x: (h, window(x), 0, 0),
+        "states": lambda h, x: (h, 0, 0),
+        "starts": lambda h, x: (window(x), h, 0, 0),
     }
     block = {
-        "tokens": lambda s: (None, s[1], sizes.group, sizes.chunks * sizes.chunk, s[4]),
-        "chunks": lambda s: (None, None, sizes.chunks, *s[3:]),
-        "states": lambda s: (None, sizes.group, *s[2:]),
-        "starts": lambda s: (None, None, sizes.group, *s[3:]),
+        "tokens": lambda s: (s[0], sizes.group, sizes.chunks * sizes.chunk, s[3]),
+        "chunks": lambda s: (None, sizes.chunks, *s[2:]),
+        "states": lambda s: (sizes.group, *s[1:]),
+        "starts": lambda s: (None, sizes.group, *s[2:]),
     }
+    flat = lambda arrays: [(kind, x) for kind in arrays for x in arrays[kind]]
     specs = lambda arrays: [
-        pl.BlockSpec(block[kind](x.shape), index[kind]) for kind in arrays for x in arrays[kind]
+        pl.BlockSpec(block[kind](x.shape), index[kind]) for kind, x in flat(arrays)
     ]
-    flat = lambda arrays: [x for kind in arrays for x in arrays[kind]]
-    batch, _, heads = inputs["tokens"][0].shape[:3]
     return pl.pallas_call(
         functools.partial(kernel, sizes),
-        grid=(batch, heads // sizes.group, sizes.windows),
+        grid=(sizes.batch * sizes.heads // sizes.group, sizes.windows),
         in_specs=specs(inputs),
         out_specs=specs(outputs),
-        out_shape=flat(outputs),
+        out_shape=[x for _, x in flat(outputs)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
-        name=kernel.__name__.strip("_"),
-    )(*flat(inputs))
+        name="delta_product" + kernel.__name__.removesuffix("_kernel"),
+    )(*(x for _, x in flat(inputs)))
