@@ -27,8 +27,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from . import chunk as chunk_lib
-
 MICRO_STEPS = 128  # of a chunk at most: rows of the matrix unit
 BLOCK = 16  # tokens: rows of a bfloat16 tile
 GROUP = 8  # heads per grid step at most
@@ -209,33 +207,44 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
 def _prepare(sizes: Sizes, m: int, q, k, v, factors) -> Chunk:
     """The part of chunk m of the window that does not depend on the state."""
     dot = functools.partial(_dot, sizes.operand)
-    steps, tokens = range(sizes.steps), sizes.chunk
+    steps = range(sizes.steps)
     qk_RK = jnp.concatenate([x[:, _span(sizes, m)] for x in (q[0], *(k[j] for j in steps))], axis=1)
     v_LV = jnp.concatenate([v[j, :, _span(sizes, m)] for j in steps], axis=1)
-    row, column = _rows_and_columns(
-        sizes, factors[m], max(sizes.micro, *qk_RK.shape[2:], *v_LV.shape[2:])
-    )
-
-    before_RL = _before(sizes)
-    enter_RW = leave_LW = across_11 = None
-    if sizes.has_decay or sizes.has_run:
-        enter_LW, leave_LW = column(1), column(2)
-        enter_RW = jnp.concatenate([enter_LW[:, :tokens], enter_LW], axis=1)
-        across_11 = row(1)[:, :, tokens - 1 : tokens]
-    decay_CL = jnp.ones((1, tokens, sizes.micro), jnp.float32)
-    if sizes.has_decay:
-        decay_CL = jnp.exp(column(3)[:, :tokens, : sizes.micro] - row(3))
-    if sizes.has_run:
-        decay_CL = jnp.where(column(-1)[:, :tokens, : sizes.micro] == row(-1), decay_CL, 0)
-    decay_RL = jnp.where(before_RL, jnp.concatenate([decay_CL] * (1 + sizes.steps), axis=1), 0)
+    width = max(sizes.micro, qk_RK.shape[-1], v_LV.shape[-1])
+    row, column = _rows_and_columns(sizes, factors[m], width)
+    beta_LW = column(0, sizes.micro)
+    decay_CL, *decay = _decays(sizes, row, column)
+    decay_RL = jnp.concatenate([decay_CL] * (1 + sizes.steps), axis=1)
+    decay_RL = jnp.where(_before(sizes), decay_RL, 0)
     scores_RL = decay_RL * dot(qk_RK, _keys(sizes, qk_RK), (2, 2))
-    beta_LW = column(0)
     return Chunk(
-        *(qk_RK, v_LV.astype(jnp.float32), beta_LW, enter_RW, leave_LW, across_11),
+        *(qk_RK, v_LV.astype(jnp.float32), beta_LW, *decay),
         decay_RL=decay_RL,
         scores_RL=scores_RL,
         inverse_LL=_inverse(sizes, _times(beta_LW, _keys(sizes, scores_RL))),
     )
+
+
+def _decays(sizes: Sizes, row, column):
+    """Decay factors from G and run numbers, as ``chunk.decays``: [h or 1, C, L], R, L, across."""
+    tokens, steps = sizes.chunk, sizes.steps
+    last = lambda x_1L: x_1L[:, :, tokens - 1 : tokens]
+    decay_CL = jnp.ones((1, tokens, sizes.micro), jnp.float32)
+    enter_CW = leave_CW = across_11 = None
+    if sizes.has_decay:
+        sum_CW, sum_1L = column(1, tokens), row(1)
+        decay_CL = jnp.exp(sum_CW[:, :, : sizes.micro] - sum_1L)
+        enter_CW, leave_CW = jnp.exp(sum_CW), jnp.exp(last(sum_1L) - sum_CW)
+        across_11 = jnp.exp(last(sum_1L))
+    if sizes.has_run:
+        run_CW, run_1L, entering_11 = column(-2, tokens), row(-2), last(row(-1))
+        where = lambda mask, x: jnp.where(mask, 1.0 if x is None else x, 0.0)
+        decay_CL = where(run_CW[:, :, : sizes.micro] == run_1L, decay_CL)
+        enter_CW = where(run_CW == entering_11, enter_CW)
+        leave_CW = where(run_CW == last(run_1L), leave_CW)
+        across_11 = where(last(run_1L) == entering_11, across_11)
+    repeat = lambda x_CW, n: None if x_CW is None else jnp.concatenate([x_CW] * n, axis=1)
+    return decay_CL, repeat(enter_CW, 1 + steps), repeat(leave_CW, steps), across_11
 
 
 def _pseudo_values(sizes: Sizes, chunk: Chunk, held_LV):
@@ -368,7 +377,7 @@ def _before(sizes: Sizes):
 
 
 def _rows_and_columns(sizes: Sizes, rows, width: int):
-    """Functions that give quantity i of ``_factors`` as [h, 1, L], and repeated as [h, L, W].
+    """Functions that give quantity i of ``_factors`` as [h, 1, L], and as [h, length, W].
 
     The matrix unit makes the columns, exactly: the three bfloat16 parts of a float32, times ones.
     """
@@ -380,13 +389,13 @@ def _rows_and_columns(sizes: Sizes, rows, width: int):
     part_PW = jax.lax.broadcasted_iota(jnp.int32, (3 * count, width), 0)
     heads = lambda i: range(i * sizes.group % count, i * sizes.group % count + sizes.group)
 
-    def column(i):
+    def column(i, length):
         picked = [
             (part_PW == r) | (part_PW == r + count) | (part_PW == r + 2 * count) for r in heads(i)
         ]
         ones = [jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16) for mask in picked]
         dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
-        return jnp.stack([dot(parts_LP, x) for x in ones])
+        return jnp.stack([dot(parts_LP[:length], x) for x in ones])
 
     return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
 
@@ -483,21 +492,16 @@ def _tokens_first(sizes: Sizes, x):
 
 
 def _factors(sizes: Sizes, beta, g, run):
-    """beta, enter, leave, G and run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
-    rows, sum_C, entering_run = [_chunk_rows(sizes, _pad(sizes, beta))], None, None
+    """beta, G, run and entering run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
+    rows = [_chunk_rows(sizes, _pad(sizes, beta))]
     if g is not None:
-        g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
-        sum_C = jnp.cumsum(g, axis=-1)
+        rows.append(jnp.cumsum(_chunk_rows(sizes, _pad(sizes, g[:, :, None])), axis=-1))
     if run is not None:
-        run = _pad(sizes, jnp.repeat(run[..., None, None], sizes.heads, axis=3), mode="edge")
+        run = jnp.broadcast_to(run[..., None, None], (*run.shape, 1, sizes.heads))
+        run = _pad(sizes, run, mode="edge")
         entering_run = jnp.pad(run[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
         run, entering_run = (_chunk_rows(sizes, x) for x in (run, entering_run))
-        entering_run = entering_run[..., 0]
-    if g is not None or run is not None:
-        shape = (*rows[0].shape[:-1], sizes.chunk)
-        decay = chunk_lib.decays(g, run, entering_run, shape, jnp.float32)
-        rows += [decay.enter_C, decay.leave_C]
-    rows += [x for x in (sum_C, run) if x is not None]
+        rows += [run, jnp.broadcast_to(entering_run[..., :1], run.shape)]
     rows = [jnp.tile(x, sizes.micro // x.shape[-1]) for x in rows]
     return jnp.concatenate(rows, axis=-2)
 
