@@ -1,0 +1,183 @@
+"""The Pallas TPU kernels of the DeltaProduct scan, interpreted on CPU, against the definition.
+
+The judge is the reference in float64, with gradients by automatic differentiation; the kernels'
+forward and backward are called directly, joined by the states that the forward keeps.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scanax.kernels.delta_product import pallas_tpu
+from scanax.kernels.delta_product.reference import delta_product_reference
+
+NAMES = ("q", "k", "v", "beta", "g", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """B, T, H, K, V, N and what is switched on."""
+
+    shape: tuple[int, int, int, int, int, int]
+    gated: bool = False
+    segments: tuple[int, ...] = ()  # the tokens that start a segment
+    beta: str = "(0, 2)"
+    decay: float = 0.3
+    chunk: int | None = None
+    stride: int = 16
+
+
+CASES = {
+    "one token": Case((1, 1, 1, 32, 32, 1)),
+    "ragged, K < V": Case((2, 37, 2, 32, 64, 1), gated=True),
+    "strong decay": Case((2, 37, 2, 32, 64, 1), gated=True, decay=40),
+    "two steps, K > V, segments": Case(
+        (1, 40, 2, 64, 32, 2), gated=True, segments=(5, 16, 17, 31, 32)
+    ),
+    "a segment starts the row": Case((1, 40, 2, 64, 32, 2), gated=True, segments=(0, 1, 20)),
+    "beta 0 and 2": Case((1, 40, 2, 64, 32, 2), gated=True, segments=(33,), beta="ends"),
+    "three steps, two chunks per window": Case(
+        (1, 50, 3, 32, 32, 3), gated=True, chunk=16, stride=32
+    ),
+    "four steps, segments": Case((1, 33, 1, 32, 32, 4), segments=(7, 16)),
+}
+
+
+def arrays(case: Case, dtype=np.float32):
+    """Inputs by name, rounded to what ``dtype`` holds, in float64; q, k of unit length."""
+    batch, tokens, heads, key_dim, value_dim, steps = case.shape
+    generator = np.random.default_rng(0)
+    normal = lambda *shape: generator.normal(size=shape)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    beta = 2 / (1 + np.exp(-normal(batch, tokens, steps, heads)))
+    if case.beta == "ends":
+        beta = np.round(beta / 2) * 2
+    inputs = (
+        unit(normal(batch, tokens, heads, key_dim)),
+        unit(normal(batch, tokens, steps, heads, key_dim)),
+        normal(batch, tokens, steps, heads, value_dim),
+        beta,
+        -np.abs(normal(batch, tokens, heads)) * case.decay if case.gated else None,
+    )
+    rounded = [None if x is None else x.astype(dtype).astype(np.float64) for x in inputs]
+    return (*rounded, normal(batch, heads, key_dim, value_dim))
+
+
+def runs(case: Case):
+    """[B, T] resets so far, or None."""
+    if not case.segments:
+        return None
+    batch, tokens = case.shape[:2]
+    run = np.searchsorted(case.segments, np.arange(tokens), side="right")
+    return np.broadcast_to(run, (batch, tokens)).astype(np.int32)
+
+
+def cotangents(case: Case):
+    batch, tokens, heads, key_dim, value_dim, _ = case.shape
+    wave = lambda *shape: np.cos(np.arange(np.prod(shape), dtype=np.float64)).reshape(shape)
+    return wave(batch, tokens, heads, value_dim), wave(batch, heads, key_dim, value_dim)
+
+
+def defined(case: Case, inputs):
+    """(o, state) and the gradients by every input, from the definition in float64."""
+    run = runs(case)
+    reset = None if run is None else jnp.asarray(np.diff(run, axis=1, prepend=0) > 0)
+    scale = case.shape[3] ** -0.5
+    forward = lambda *inputs: delta_product_reference(*inputs, reset, scale=scale)
+    with jax.enable_x64(True):
+        outputs, pull = jax.vjp(jax.jit(forward), *inputs)
+        return jax.device_get((outputs, pull(cotangents(case))))
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "chunk", "stride"))
+def both_kernels(inputs, run, do, dfinal, **static):
+    *tokens, state = inputs
+    o, final, starts = pallas_tpu.forward(*tokens, state, run, **static)
+    return (o, final), pallas_tpu.backward(*tokens, run, starts, do, dfinal, **static)
+
+
+def computed(case: Case, inputs, dtype=jnp.float32):
+    *tokens, state = (None if x is None else jnp.asarray(x, jnp.float32) for x in inputs)
+    tokens = [None if x is None else x.astype(dtype) for x in tokens]
+    do, dfinal = (jnp.asarray(x, jnp.float32) for x in cotangents(case))
+    static = {"scale": case.shape[3] ** -0.5, "chunk": case.chunk, "stride": case.stride}
+    run = runs(case)
+    assert pallas_tpu.supports(*tokens, state, run, **static) is None
+    with pltpu.force_tpu_interpret_mode():
+        return jax.device_get(
+            both_kernels((*tokens, state), run, do.astype(dtype), dfinal, **static)
+        )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_agrees_with_the_definition_in_float64(case):
+    inputs = arrays(case)
+    actual, expected = computed(case, inputs), defined(case, inputs)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.shape == e.shape and a.dtype == np.float32
+        # Gradients by g are differences of terms of order 1, which under a strong decay cancel.
+        assert np.abs(a - e).max() <= 2e-5 * max(np.abs(e).max(), 5e-2)
+
+
+def test_bfloat16():
+    """float32 states; outputs and gradients as good as products of rounded factors can be."""
+    case = Case((1, 130, 2, 32, 32, 2), gated=True, stride=64)
+    inputs = arrays(case, jnp.bfloat16)
+    (o, final), gradients = computed(case, inputs, jnp.bfloat16)
+    (o_expected, final_expected), expected = defined(case, inputs)
+    assert o.dtype == jnp.bfloat16 and final.dtype == np.float32
+    rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
+    error = lambda a, e: rms(np.asarray(a, np.float64) - e) / rms(e)
+    assert error(o, o_expected) <= 5e-3 and error(final, final_expected) <= 5e-3
+    errors = {name: error(a, e) for name, a, e in zip(NAMES, gradients, expected, strict=True)}
+    assert all(e <= (2e-2 if name in ("beta", "g") else 1e-2) for name, e in errors.items()), errors
+    assert [x.dtype for x in gradients] == [jnp.bfloat16] * 5 + [np.float32]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_no_races(direction, capfd):
+    """Heads on two cores, windows one after another: who writes a block is alone with it."""
+    case = Case((1, 33, 2, 32, 32, 1), gated=True, segments=(20,))
+    *tokens, state = (jnp.asarray(x, jnp.float32) for x in arrays(case))
+    do, dfinal = (jnp.asarray(x, jnp.float32) for x in cotangents(case))
+    starts = jnp.stack([state] * 3)
+    static = {"scale": 1.0, "chunk": None, "stride": 16}
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    ):
+        if direction == "forward":
+            outputs = jax.jit(functools.partial(pallas_tpu.forward, **static))(
+                *tokens, state, runs(case)
+            )
+        else:
+            outputs = jax.jit(functools.partial(pallas_tpu.backward, **static))(
+                *tokens, runs(case), starts, do, dfinal
+            )
+        jax.block_until_ready(outputs)
+    printed = "".join(capfd.readouterr())
+    assert "RACE DETECTED" not in printed, printed
+
+
+WRONG = {
+    "dtype": ({"dtype": jnp.float16}, {}, "float32 or bfloat16"),
+    "steps": ({"steps": 5}, {}, "N must be 1 to 4"),
+    "width": ({"width": 48}, {}, "K and V must be among"),
+    "chunk": ({}, {"chunk": 24}, "power of two"),
+    "small chunk": ({}, {"chunk": 8}, ">= 16"),
+    "long chunk": ({"steps": 2}, {"chunk": 128}, "at most 128 micro-steps"),
+    "stride": ({}, {"chunk": 16}, "longer than four chunks"),
+}
+
+
+@pytest.mark.parametrize(("changes", "static", "reason"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_not_supported_has_a_reason(changes, static, reason):
+    given = {"dtype": jnp.float32, "steps": 1, "width": 32, **changes}
+    q = jax.ShapeDtypeStruct((1, 2, 1, given["width"]), given["dtype"])
+    k = jax.ShapeDtypeStruct((1, 2, given["steps"], 1, given["width"]), given["dtype"])
+    static = {"scale": 1.0, "chunk": None, "stride": 128, **static}
+    assert reason in pallas_tpu.supports(q, k, k, None, None, None, None, **static)
