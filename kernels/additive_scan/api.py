@@ -8,10 +8,13 @@ import jax.numpy as jnp
 
 from .. import dispatch
 from ..dtypes import accumulation_dtype
-from . import attention, backend, reference, xla
+from . import attention, backend, pallas_tpu, reference, xla
 
 BACKENDS = {
     "xla": backend.Backend(xla.forward, xla.backward),
+    "pallas_tpu": backend.Backend(
+        *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
+    ),
 }
 
 
@@ -26,6 +29,7 @@ def _both_ways(name: str, **options) -> dispatch.Implementation:
 
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": _both_ways("pallas_tpu", platforms=("tpu",), measured=True),
     "xla": _both_ways("xla"),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
 }
@@ -63,7 +67,7 @@ def additive_scan(
         value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
       mask: [B, T] bool, True = a token. Where False the state stays and o is 0; v must be finite.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", or None for the best one on this platform.
+      implementation: "reference", "xla", "pallas_tpu", or None for the fastest one here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

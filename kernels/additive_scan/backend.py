@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from ..per_device import per_device
 
 CHECKPOINT = 64  # tokens between two states that are kept
+SHORTEST = 16  # the same in rows that are shorter, which are padded
 
 
 STATE = ("BHKV", "BHK")
@@ -75,7 +76,7 @@ def _runs(reset):
 def _sizes(q, chunk_size: int | None) -> tuple[int | None, int]:
     """Chunk and stride."""
     tokens = q.shape[1]
-    stride = min(CHECKPOINT, _power_of_two(tokens))
+    stride = min(CHECKPOINT, max(_power_of_two(tokens), SHORTEST))
     if chunk_size is None:
         return None, stride
     chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))

@@ -54,9 +54,9 @@ class _Factors(NamedTuple):
     x: Any  # backward: q dq
 
 
-def supports(q, k, v, f, state, run, *, chunk, stride) -> str | None:
+def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
     """None, or why the kernels cannot run on these arguments."""
-    del state, run
+    del state, run, scale
     if any(d not in (32, 64, 128, 256) for d in (q.shape[-1], v.shape[-1])):
         return f"K and V must be 32, 64, 128 or 256, got {q.shape[-1]} and {v.shape[-1]}"
     for x in (q, k, v, f):

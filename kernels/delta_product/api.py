@@ -9,10 +9,13 @@ import numpy as np
 
 from .. import dispatch
 from ..dtypes import accumulation_dtype
-from . import backend, reference, xla
+from . import backend, pallas_tpu, reference, xla
 
 BACKENDS = {
     "xla": backend.Backend(xla.forward, xla.backward),
+    "pallas_tpu": backend.Backend(
+        *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
+    ),
 }
 
 
@@ -27,6 +30,7 @@ def _both_ways(name: str, **options) -> dispatch.Implementation:
 
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": _both_ways("pallas_tpu", platforms=("tpu",), measured=True),
     "xla": _both_ways("xla"),
     "reference": dispatch.Implementation(reference.delta_product_reference),
 }
@@ -61,7 +65,7 @@ def delta_product(
       scale: factor on o; K**-0.5 if None.
       initial_state: [B, H, K, V]; zeros if None. It belongs to the first token's segment.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", or None for the best one on this platform.
+      implementation: "reference", "xla", "pallas_tpu", or None for the fastest one here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

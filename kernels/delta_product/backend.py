@@ -30,7 +30,8 @@ import jax.numpy as jnp
 
 from ..per_device import per_device
 
-CHECKPOINT = 128  # micro-steps between two states that are kept
+CHECKPOINT = 128  # micro-steps between two states that are kept, at most
+SHORTEST = 16  # tokens between them, at least: shorter rows are padded
 
 
 INPUTS = ("BTHK", "BTNHK", "BTNHV", "BTNH", "BTH", "BHKV", "BT")
@@ -76,7 +77,8 @@ def _runs(reset):
 def _sizes(k, chunk_size: int | None) -> tuple[int | None, int]:
     """Chunk and stride."""
     tokens, steps = k.shape[1:3]
-    stride = min(_power_of_two(tokens), _power_of_two(max(1, CHECKPOINT // steps) + 1) // 2)
+    longest = _power_of_two(max(1, CHECKPOINT // steps) + 1) // 2
+    stride = min(max(_power_of_two(tokens), SHORTEST), longest)
     if chunk_size is None:
         return None, stride
     chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))

@@ -1,0 +1,74 @@
+"""What the compiler cannot divide runs per device: equal to one device, on eight simulated ones."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+import pytest
+
+from scanax.kernels.per_device import per_device
+
+HERE = pathlib.Path(__file__)
+
+
+def main() -> None:
+    """Run as a program with eight devices, whatever the other tests have."""
+    import numpy as np
+
+    from scanax.kernels.additive_scan import api as additive, backend as additive_backend
+    from scanax.kernels.delta_product import api as delta, backend as delta_backend
+    from scanax.train.mesh import MeshConfig, make_mesh, replicated
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, expert=1, sequence=1))
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    batch, tokens, heads, width = 4, 24, 2, 8
+    q, state = normal(batch, tokens, heads, width), normal(batch, heads, width, width)
+    k, beta = normal(batch, tokens, 2, heads, width) / 4, jnp.ones((batch, tokens, 2, heads))
+    reset = jnp.zeros((batch, tokens), bool).at[1, 5].set(True)
+    options = {"scale": 0.3, "chunk_size": 8}
+
+    def gradients(scan, backend, inputs):
+        both = {"forward": backend, "backward": backend}
+
+        def loss(inputs):
+            o, final = scan(*inputs, reset, **options, **both)
+            return jnp.sum(jnp.sin(o)) + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(final))
+
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(inputs))
+
+    g = -jnp.abs(q[..., 0])
+    cases = (
+        (delta_backend.scan, delta.BACKENDS["xla"], (q, k, 2 * k, beta, g, state)),
+        (additive_backend.scan, additive.BACKENDS["xla"], (q, q, q, None, (state, q[:, 0]))),
+    )
+    for scan, backend, inputs in cases:
+        expected = gradients(scan, backend, inputs)
+        inputs = jax.device_put(inputs, replicated(mesh))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            actual = gradients(scan, backend._replace(divisible=False), inputs)
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_eight_devices_equal_one():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, str(HERE)], env=environment, check=True)
+
+
+def test_what_does_not_divide_is_named():
+    function = per_device(lambda x: x, ("BH",), "BH")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 3), ("data", "tensor"))):
+        with pytest.raises(ValueError, match="5 rows cannot be divided among the 2 devices"):
+            function(jnp.ones((5, 3)))
+        with pytest.raises(ValueError, match="4 heads cannot be divided among the 3 devices"):
+            function(jnp.ones((2, 4)))
+
+
+if __name__ == "__main__":
+    main()
