@@ -1,7 +1,7 @@
 """Compiles the TPU kernels without a TPU, and keeps their length within a budget.
 
   pip install -e '.[tpu]'
-  python -m scanax.kernels.tpu_budget [--chips v5e,v5p,v6e] [--update]
+  python -m scanax.kernels.tpu_budget [--chips v5e,v5p,v6e] [--only "bfloat16 128"] [--update]
 
 libtpu compiles for chips that are not there and tells how many bundles (very long instructions, one
 a cycle) the schedule of a kernel has. That is not a time, for it leaves out what waits for memory,
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from .additive_scan import api as additive_api
+from .additive_scan import api as additive_api, pallas_tpu as additive_tpu
 from .delta_product import api as delta_api
 
 BUDGET = pathlib.Path(__file__).with_name("tpu_budget.json")
@@ -67,19 +67,22 @@ def cases() -> Iterator[Case]:
 def define_flags() -> None:
     """For the command alone: a process that imports this module may have others of these names."""
     flags.DEFINE_list("chips", list(TOPOLOGIES), "To compile for.")
+    flags.DEFINE_string("only", "", "The kernels whose line in the table has these words.")
     flags.DEFINE_bool("update", False, "Write the counts as the new budget.")
     flags.DEFINE_string("chip", "", "Of a process that this command starts.")
 
 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
+    chosen = [case for case in cases() if given.only in str(case)]
     if given.chip:
-        compile_all(given.chip)
+        compile_all(given.chip, chosen)
         return
     unknown = [chip for chip in given.chips if chip not in TOPOLOGIES]
-    if len(argv) > 1 or unknown:
-        wrong = unknown[0] if unknown else argv[1]
-        print(f"error: {wrong!r}; chips are {', '.join(TOPOLOGIES)}", file=sys.stderr)
+    if len(argv) > 1 or unknown or not chosen:
+        known = f"chips are {', '.join(TOPOLOGIES)}" if unknown else "there is no such argument"
+        known = known if chosen else f"kernels are {'; '.join(map(str, cases()))}"
+        print(f"error: {[*unknown, *argv[1:], given.only][0]!r}: {known}", file=sys.stderr)
         sys.exit(2)
     try:
         libtpu = importlib.metadata.version("libtpu")
@@ -87,11 +90,14 @@ def main(argv: list[str]) -> None:
         print("error: this needs libtpu: pip install -e '.[tpu]'", file=sys.stderr)
         sys.exit(2)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = dict(zip(given.chips, pool.map(compiled, given.chips), strict=True))
+        found = pool.map(functools.partial(compiled, only=given.only), given.chips)
+        counts = dict(zip(given.chips, found, strict=True))
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"libtpu": "", "bundles": {}}
     print(table(counts))
     if given.update:
-        bundles = {**(budget["bundles"] if budget["libtpu"] == libtpu else {}), **counts}
+        bundles = budget["bundles"] if budget["libtpu"] == libtpu else {}
+        for chip, kernels in counts.items():
+            bundles[chip] = {**bundles.get(chip, {}), **kernels}
         BUDGET.write_text(json.dumps({"libtpu": libtpu, "bundles": bundles}, indent=2) + "\n")
         return
     if budget["libtpu"] != libtpu:
@@ -115,8 +121,8 @@ def over_budget(counts: dict[str, dict[str, float]], budget: dict[str, Any]) -> 
     return problems
 
 
-def compiled(chip: str) -> dict[str, float]:
-    """Bundles per head and 64 tokens of every case, from a process of its own.
+def compiled(chip: str, only: str) -> dict[str, float]:
+    """Bundles per head and 64 tokens of the cases, from a process of its own.
 
     libtpu takes its options when it is loaded, and can only be loaded for one kind of chip.
 
@@ -135,35 +141,50 @@ def compiled(chip: str) -> dict[str, float]:
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_WORKER_ID": "0",
         }
-        command = [sys.executable, "-m", "scanax.kernels.tpu_budget", f"--chip={chip}"]
+        command = [sys.executable, "-m", "scanax.kernels.tpu_budget"]
+        command += [f"--chip={chip}", f"--only={only}"]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{chip}: a kernel does not compile:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def compile_all(chip: str) -> None:
-    """Compiles every case for a chip and prints the counts; the process has libtpu's options."""
+def compile_all(chip: str, chosen: list[Case]) -> None:
+    """Compiles cases for a chip and prints the counts; the process has libtpu's options."""
     folder = pathlib.Path(os.environ["SCANAX_BUNDLES"])
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices), ("x",))
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    mesh = Mesh(np.array(topology.devices), ("x",))
     counts, seen = {}, set()
-    for case in cases():
-        print(f"{chip} {case}", file=sys.stderr)
-        function, arguments, per_step = kernel(case, mesh)
+    for case in chosen:
+        function, arguments, trips, heads_and_chunks = kernel(case, mesh)
         function.lower(*arguments).compile()
-        files = set(folder.glob(f"*{case.operation}*schedule-analysis_final_bundles.txt"))
-        texts = [file.read_text() for file in files - seen]
+        files = set(folder.glob(f"*{case.operation}*final_bundles.txt")) - seen
         seen |= files
-        bundles = [
-            int(x) for text in texts for x in re.findall(r"total scheduled bundles\D*(\d+)", text)
-        ]
-        counts[str(case)] = max(bundles) / per_step
+        programs = [file for file in files if "analysis" not in file.name]
+        longest = max(executed(file.read_text(), trips) for file in programs)
+        counts[str(case)] = round(longest / heads_and_chunks, 1)
     print(json.dumps(counts))
 
 
+def executed(program: str, trips: int) -> int:
+    """Bundles of one grid step, given how often a step goes through the loops in it.
+
+    A line of the listing is a bundle, with a > for every loop around it; the grid is the first.
+    """
+    depths = [
+        len(found)
+        for found in re.findall(r"(?m)^\s*0x[0-9a-f]+\s*(?:[A-Z]{2})?\s*:\s*(>*)", program)
+    ]
+    return sum(1 if depth < 2 else trips for depth in depths if depth)
+
+
 def kernel(case: Case, mesh: Mesh):
-    """The compiled function, its arguments, and the head-chunks of 64 tokens of a grid step."""
+    """A kernel to compile.
+
+    Returns:
+      The function and its arguments; how often a grid step goes through its loop over heads; and
+      the number of heads times chunks of 64 tokens in a grid step.
+    """
     devices = mesh.size
     array = lambda spec, dtype, *shape: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, spec)
@@ -199,7 +220,10 @@ def kernel(case: Case, mesh: Mesh):
         out_specs=(rows, rows, later) if ahead else rows,
         check_vma=False,
     )
-    return jax.jit(local), arguments, HEADS * stride / 64
+    trips = 1
+    if case.operation == "additive_scan":
+        trips = HEADS // additive_tpu.TOGETHER[getattr(jnp, case.dtype)]
+    return jax.jit(local), arguments, trips, HEADS * stride / 64
 
 
 def table(counts: dict[str, dict[str, float]]) -> str:
