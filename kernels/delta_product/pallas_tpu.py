@@ -29,9 +29,9 @@ import jax.numpy as jnp
 
 MICRO_STEPS = 128  # of a chunk at most: rows of the matrix unit
 BLOCK = 16  # tokens: rows of a bfloat16 tile
-GROUP = 8  # heads per grid step at most
+GROUP = 8  # heads per grid step at most, if N = 1 and widths are at most 128
 WIDTHS = (32, 64, 128, 256)
-VMEM = 64 << 20  # bytes
+VMEM = 56 << 20  # bytes: below the 64 MiB of a TPU v5p core
 
 
 class Sizes(NamedTuple):
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
     qk_RK: jax.Array
     v_LV: jax.Array
     beta_LW: jax.Array
-    enter_RW: jax.Array | None  # None: factors of 1
+    enter_RW: jax.Array | None  # None: 1; repeats every C rows, so the first L serve the keys
     leave_LW: jax.Array | None
     across_11: jax.Array | None
     decay_RL: jax.Array  # 0 where micro-step s is not before the row
@@ -167,7 +167,7 @@ def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
         read_RV = _times(chunk.enter_RW, dot(chunk.qk_RK, state_KV))
-        u_LV, _ = _pseudo_values(sizes, chunk, read_RV[:, sizes.chunk :])
+        u_LV = _pseudo_values(sizes, chunk, _keys(sizes, read_RV))[0]
         o_CV = read_RV[:, : sizes.chunk] + dot(chunk.scores_RL[:, : sizes.chunk], u_LV)
         o[0, :, _span(sizes, m)] = (sizes.scale * o_CV).astype(o.dtype)
         state_KV = _next_state(sizes, chunk, u_LV, state_KV)
@@ -185,15 +185,18 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
     state_KV, entered = starts[...], []
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
-        held_LV = dot(chunk.qk_RK[:, sizes.chunk :], state_KV)
-        u_LV, error_LV = _pseudo_values(sizes, chunk, _times(_keys(sizes, chunk.enter_RW), held_LV))
+        held_LV = _times(chunk.enter_RW, dot(_keys(sizes, chunk.qk_RK), state_KV))
+        u_LV, error_LV = _pseudo_values(sizes, chunk, held_LV)
         entered.append((chunk, u_LV, error_LV, state_KV))
         if m + 1 < sizes.chunks:
             state_KV = _next_state(sizes, chunk, u_LV, state_KV)
     dstate_KV = dstate[...]
     for m in reversed(range(sizes.chunks)):
         do_CV = sizes.scale * do[0, :, _span(sizes, m)].astype(jnp.float32)
-        dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(sizes, *entered[m], do_CV, dstate_KV)
+        chunk, u_LV, error_LV, state_KV = entered[m]
+        dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(
+            *(sizes, chunk, u_LV, error_LV, state_KV, do_CV, dstate_KV)
+        )
         dq[0, :, _span(sizes, m)] = dqk_RK[:, : sizes.chunk].astype(dq.dtype)
         for j in range(sizes.steps):
             step = slice(j * sizes.chunk, (j + 1) * sizes.chunk)
@@ -406,14 +409,14 @@ def _truncate(x):
     return jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
 
 
-def _times(factor, x):
-    """Rows (or all) of x by a factor that is kept repeated along the lanes; None is 1."""
-    return x if factor is None else factor[..., : x.shape[-1]] * x
+def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Rows of x by their factors, of which there may be more rows and lanes; None is 1."""
+    return x if factor is None else factor[:, : x.shape[1], : x.shape[2]] * x
 
 
-def _keys(sizes: Sizes, x):
+def _keys(sizes: Sizes, x: jax.Array) -> jax.Array:
     """The rows of the keys: [., R, .] -> [., L, .]."""
-    return None if x is None else x[:, sizes.chunk :]
+    return x[:, sizes.chunk :]
 
 
 def _sum(x):
@@ -455,6 +458,8 @@ def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
     batch, tokens, steps, heads = k.shape[:4]
     chunk = _default_chunk(steps, stride) if chunk is None else chunk
     rounded = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    # More than one step means fewer tokens per chunk, and room for twice as many heads.
+    limit = GROUP * min(steps, 2) * 128 // max(128, q.shape[-1], v.shape[-1])
     return Sizes(
         batch=batch,
         tokens=tokens,
@@ -463,7 +468,7 @@ def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
         chunk=chunk,
         chunks=stride // chunk,
         windows=pl.cdiv(tokens, stride),
-        group=max(h for h in range(1, GROUP + 1) if batch * heads % h == 0),
+        group=max(h for h in range(1, limit + 1) if batch * heads % h == 0),
         operand=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
         scale=scale,
         has_decay=g is not None,
