@@ -499,8 +499,9 @@ def _tokens_first(sizes: Sizes, x):
 def _factors(sizes: Sizes, beta, g, run):
     """beta, G, run and entering run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
     rows = [_chunk_rows(sizes, _pad(sizes, beta))]
-    if g is not None:
-        rows.append(jnp.cumsum(_chunk_rows(sizes, _pad(sizes, g[:, :, None])), axis=-1))
+    if g is not None:  # e^-104 is 0 in float32: more would only cost G its digits
+        g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
+        rows.append(jnp.cumsum(jnp.maximum(g, -104), axis=-1))
     if run is not None:
         run = jnp.broadcast_to(run[..., None, None], (*run.shape, 1, sizes.heads))
         run = _pad(sizes, run, mode="edge")
