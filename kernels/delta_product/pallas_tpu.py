@@ -564,9 +564,19 @@ def _call(kernel, sizes: Sizes, window, inputs: dict, outputs: dict):
         grid=(sizes.batch * sizes.heads // sizes.group, sizes.windows),
         in_specs=specs(inputs),
         out_specs=specs(outputs),
-        out_shape=[x for _, x in flat(outputs)],
+        out_shape=_varying([x for _, x in flat(outputs)], [x for _, x in flat(inputs)]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         name="delta_product" + kernel.__name__.removesuffix("_kernel"),
     )(*(x for _, x in flat(inputs)))
+
+
+def _varying(shapes, inputs):
+    """Shapes of outputs that vary over the axes of ``jax.shard_map`` over which any input does."""
+
+    def outputs(*inputs):
+        seed = sum(x.ravel()[0].astype(jnp.float32) for x in inputs)
+        return [jnp.broadcast_to(seed, x.shape).astype(x.dtype) for x in shapes]
+
+    return jax.eval_shape(outputs, *inputs)

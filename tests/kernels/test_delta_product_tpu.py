@@ -101,11 +101,15 @@ def defined(case: Case, inputs):
 ROUNDED = {"xla_allow_excess_precision": False}
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk", "stride"), compiler_options=ROUNDED)
 def both_kernels(inputs, run, do, dfinal, **static):
     *tokens, state = inputs
     o, final, starts = pallas_tpu.forward(*tokens, state, run, **static)
     return (o, final), pallas_tpu.backward(*tokens, run, starts, do, dfinal, **static)
+
+
+compiled = jax.jit(
+    both_kernels, static_argnames=("scale", "chunk", "stride"), compiler_options=ROUNDED
+)
 
 
 def computed(case: Case, inputs, dtype=jnp.float32):
@@ -116,9 +120,7 @@ def computed(case: Case, inputs, dtype=jnp.float32):
     run = runs(case)
     assert pallas_tpu.supports(*tokens, state, run, **static) is None
     with pltpu.force_tpu_interpret_mode():
-        return jax.device_get(
-            both_kernels((*tokens, state), run, do.astype(dtype), dfinal, **static)
-        )
+        return jax.device_get(compiled((*tokens, state), run, do.astype(dtype), dfinal, **static))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -177,6 +179,20 @@ def test_no_races(direction, capfd):
         jax.block_until_ready(outputs)
     printed = "".join(capfd.readouterr())
     assert "RACE DETECTED" not in printed, printed
+
+
+def test_rows_divided_over_devices():
+    """Inside shard_map, which checks over which axes every output varies; traced, not run."""
+    case = Case((2, 17, 1, 32, 32, 1), gated=True)
+    *tokens, state = (jnp.asarray(x, jnp.float32) for x in arrays(case))
+    do, dfinal = (jnp.asarray(x, jnp.float32) for x in cotangents(case))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "x")
+    rows = jax.sharding.PartitionSpec("x")
+    both = functools.partial(both_kernels, scale=1.0, chunk=None, stride=16)
+    whole = lambda *inputs: both(inputs[:6], None, *inputs[6:])
+    divided = jax.shard_map(whole, mesh=mesh, in_specs=rows, out_specs=rows)
+    inputs = (*tokens, state, do, dfinal)
+    assert jax.eval_shape(divided, *inputs) == jax.eval_shape(whole, *inputs)
 
 
 WRONG = {
