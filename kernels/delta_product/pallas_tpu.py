@@ -396,9 +396,9 @@ def _rows_and_columns(sizes: Sizes, rows, width: int):
         picked = [
             (part_PW == r) | (part_PW == r + count) | (part_PW == r + 2 * count) for r in heads(i)
         ]
-        ones = [jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16) for mask in picked]
-        dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
-        return jnp.stack([dot(parts_LP[:length], x) for x in ones])
+        ones = jnp.stack([jnp.where(mask, 1.0, 0.0) for mask in picked])
+        parts = jnp.broadcast_to(parts_LP[None, :length], (len(picked), *parts_LP[:length].shape))
+        return _dot(jnp.dtype(jnp.bfloat16), parts, ones)
 
     return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
 
@@ -434,10 +434,11 @@ def _as_rows(x_L1):
 
 def _dot(operand, a, b, contract=(2, 1)):
     """Product per head, summed over axis contract[0] of a and contract[1] of b, in float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    full = operand == jnp.float32
     return jax.lax.dot_general(
-        *(a.astype(operand), b.astype(operand), dimensions),
-        precision=jax.lax.Precision.HIGHEST if operand == jnp.float32 else None,
+        *(a.astype(operand), b.astype(operand)),
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        precision=jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 

@@ -45,7 +45,7 @@ CASES = {
     "three steps, two chunks per window": Case(
         (1, 50, 3, 32, 32, 3), gated=True, chunk=16, stride=32
     ),
-    "four steps, segments": Case((1, 33, 1, 32, 32, 4), segments=(7, 16)),
+    "four steps, segments": Case((1, 37, 1, 32, 32, 4), segments=(7, 16, 33), stride=32),
 }
 
 
