@@ -29,9 +29,9 @@ import jax.numpy as jnp
 
 MICRO_STEPS = 128  # of a chunk at most: rows of the matrix unit
 BLOCK = 16  # tokens: rows of a bfloat16 tile
-GROUP = 8  # heads per grid step at most
+GROUP = 8  # heads per grid step at most, if N = 1 and widths are at most 128
 WIDTHS = (32, 64, 128, 256)
-VMEM = 64 << 20  # bytes
+VMEM = 56 << 20  # bytes: below the 64 MiB of a TPU v5p core
 
 
 class Sizes(NamedTuple):
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
     qk_RK: jax.Array
     v_LV: jax.Array
     beta_LW: jax.Array
-    enter_RW: jax.Array | None  # None: factors of 1
+    enter_RW: jax.Array | None  # None: 1; repeats every C rows, so the first L serve the keys
     leave_LW: jax.Array | None
     across_11: jax.Array | None
     decay_RL: jax.Array  # 0 where micro-step s is not before the row
@@ -167,7 +167,7 @@ def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
         read_RV = _times(chunk.enter_RW, dot(chunk.qk_RK, state_KV))
-        u_LV, _ = _pseudo_values(sizes, chunk, read_RV[:, sizes.chunk :])
+        u_LV = _pseudo_values(sizes, chunk, _keys(sizes, read_RV))[0]
         o_CV = read_RV[:, : sizes.chunk] + dot(chunk.scores_RL[:, : sizes.chunk], u_LV)
         o[0, :, _span(sizes, m)] = (sizes.scale * o_CV).astype(o.dtype)
         state_KV = _next_state(sizes, chunk, u_LV, state_KV)
@@ -185,15 +185,18 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
     state_KV, entered = starts[...], []
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
-        held_LV = dot(chunk.qk_RK[:, sizes.chunk :], state_KV)
-        u_LV, error_LV = _pseudo_values(sizes, chunk, _times(_keys(sizes, chunk.enter_RW), held_LV))
+        held_LV = _times(chunk.enter_RW, dot(_keys(sizes, chunk.qk_RK), state_KV))
+        u_LV, error_LV = _pseudo_values(sizes, chunk, held_LV)
         entered.append((chunk, u_LV, error_LV, state_KV))
         if m + 1 < sizes.chunks:
             state_KV = _next_state(sizes, chunk, u_LV, state_KV)
     dstate_KV = dstate[...]
     for m in reversed(range(sizes.chunks)):
         do_CV = sizes.scale * do[0, :, _span(sizes, m)].astype(jnp.float32)
-        dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(sizes, *entered[m], do_CV, dstate_KV)
+        chunk, u_LV, error_LV, state_KV = entered[m]
+        dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(
+            *(sizes, chunk, u_LV, error_LV, state_KV, do_CV, dstate_KV)
+        )
         dq[0, :, _span(sizes, m)] = dqk_RK[:, : sizes.chunk].astype(dq.dtype)
         for j in range(sizes.steps):
             step = slice(j * sizes.chunk, (j + 1) * sizes.chunk)
@@ -393,9 +396,9 @@ def _rows_and_columns(sizes: Sizes, rows, width: int):
         picked = [
             (part_PW == r) | (part_PW == r + count) | (part_PW == r + 2 * count) for r in heads(i)
         ]
-        ones = [jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16) for mask in picked]
-        dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
-        return jnp.stack([dot(parts_LP[:length], x) for x in ones])
+        ones = jnp.stack([jnp.where(mask, 1.0, 0.0) for mask in picked])
+        parts = jnp.broadcast_to(parts_LP[None, :length], (len(picked), *parts_LP[:length].shape))
+        return _dot(jnp.dtype(jnp.bfloat16), parts, ones)
 
     return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
 
@@ -406,14 +409,14 @@ def _truncate(x):
     return jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
 
 
-def _times(factor, x):
-    """Rows (or all) of x by a factor that is kept repeated along the lanes; None is 1."""
-    return x if factor is None else factor[..., : x.shape[-1]] * x
+def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Rows of x by their factors, of which there may be more rows and lanes; None is 1."""
+    return x if factor is None else factor[:, : x.shape[1], : x.shape[2]] * x
 
 
-def _keys(sizes: Sizes, x):
+def _keys(sizes: Sizes, x: jax.Array) -> jax.Array:
     """The rows of the keys: [., R, .] -> [., L, .]."""
-    return None if x is None else x[:, sizes.chunk :]
+    return x[:, sizes.chunk :]
 
 
 def _sum(x):
@@ -431,10 +434,11 @@ def _as_rows(x_L1):
 
 def _dot(operand, a, b, contract=(2, 1)):
     """Product per head, summed over axis contract[0] of a and contract[1] of b, in float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    full = operand == jnp.float32
     return jax.lax.dot_general(
-        *(a.astype(operand), b.astype(operand), dimensions),
-        precision=jax.lax.Precision.HIGHEST if operand == jnp.float32 else None,
+        *(a.astype(operand), b.astype(operand)),
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        precision=jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 
@@ -455,6 +459,8 @@ def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
     batch, tokens, steps, heads = k.shape[:4]
     chunk = _default_chunk(steps, stride) if chunk is None else chunk
     rounded = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    # More than one step means fewer tokens per chunk, and room for twice as many heads.
+    limit = GROUP * min(steps, 2) * 128 // max(128, q.shape[-1], v.shape[-1])
     return Sizes(
         batch=batch,
         tokens=tokens,
@@ -463,7 +469,7 @@ def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
         chunk=chunk,
         chunks=stride // chunk,
         windows=pl.cdiv(tokens, stride),
-        group=max(h for h in range(1, GROUP + 1) if batch * heads % h == 0),
+        group=max(h for h in range(1, limit + 1) if batch * heads % h == 0),
         operand=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
         scale=scale,
         has_decay=g is not None,
@@ -494,8 +500,9 @@ def _tokens_first(sizes: Sizes, x):
 def _factors(sizes: Sizes, beta, g, run):
     """beta, G, run and entering run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
     rows = [_chunk_rows(sizes, _pad(sizes, beta))]
-    if g is not None:
-        rows.append(jnp.cumsum(_chunk_rows(sizes, _pad(sizes, g[:, :, None])), axis=-1))
+    if g is not None:  # e^-104 is 0 in float32: more would only cost G its digits
+        g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
+        rows.append(jnp.cumsum(jnp.maximum(g, -104), axis=-1))
     if run is not None:
         run = jnp.broadcast_to(run[..., None, None], (*run.shape, 1, sizes.heads))
         run = _pad(sizes, run, mode="edge")
@@ -558,9 +565,19 @@ def _call(kernel, sizes: Sizes, window, inputs: dict, outputs: dict):
         grid=(sizes.batch * sizes.heads // sizes.group, sizes.windows),
         in_specs=specs(inputs),
         out_specs=specs(outputs),
-        out_shape=[x for _, x in flat(outputs)],
+        out_shape=_varying([x for _, x in flat(outputs)], [x for _, x in flat(inputs)]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         name="delta_product" + kernel.__name__.removesuffix("_kernel"),
     )(*(x for _, x in flat(inputs)))
+
+
+def _varying(shapes, inputs):
+    """Shapes of outputs that vary over the axes of ``jax.shard_map`` over which any input does."""
+
+    def outputs(*inputs):
+        seed = sum(x.ravel()[0].astype(jnp.float32) for x in inputs)
+        return [jnp.broadcast_to(seed, x.shape).astype(x.dtype) for x in shapes]
+
+    return jax.eval_shape(outputs, *inputs)
