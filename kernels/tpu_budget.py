@@ -133,6 +133,7 @@ def compiled(chip: str, only: str) -> dict[str, float]:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         environment = {
             **os.environ,
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "JAX_PLATFORMS": "cpu",
             "LIBTPU_INIT_ARGS": dump,
             "SCANAX_BUNDLES": folder,

@@ -4,6 +4,7 @@ With a topology the mesh may consist of TPUs that are not there: libtpu compiles
 """
 
 import os
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -26,6 +27,25 @@ def dry_run(task: Task, config: Config, topology: str = "") -> None:
     Raises:
       ConfigError: if mesh and batch do not divide, or the topology cannot be had.
     """
+    compiled, mesh, shapes, shardings = compile_step(task, config, topology)
+    print(f"mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
+    print(loop.param_table(task, shapes, shardings))
+    costs = compiled.cost_analysis() or {}
+    print(f"{costs.get('flops', float('nan')):.4g} FLOPs per step and device")
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        print(
+            f"memory per device: {memory.argument_size_in_bytes / MIB:.1f} MiB state and batch,"
+            f" {memory.temp_size_in_bytes / MIB:.1f} MiB temporary,"
+            f" {memory.generated_code_size_in_bytes / MIB:.1f} MiB program"
+        )
+
+
+def compile_step(task: Task, config: Config, topology: str = "") -> tuple[Any, Any, Any, Any]:
+    """The compiled training step, its mesh, and the shapes and shardings of its state.
+
+    Arguments and errors are those of :func:`dry_run`.
+    """
     devices = _topology_devices(topology) if topology else None
     mesh, shardings = loop.place(task, config, devices)
     shapes = state_lib.shapes(task, config)
@@ -40,18 +60,7 @@ def dry_run(task: Task, config: Config, topology: str = "") -> None:
         .lower(state, batch, given)
         .compile()
     )
-
-    print(f"mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
-    print(loop.param_table(task, shapes, shardings))
-    costs = compiled.cost_analysis() or {}
-    print(f"{costs.get('flops', float('nan')):.4g} FLOPs per step and device")
-    memory = compiled.memory_analysis()
-    if memory is not None:
-        print(
-            f"memory per device: {memory.argument_size_in_bytes / MIB:.1f} MiB state and batch,"
-            f" {memory.temp_size_in_bytes / MIB:.1f} MiB temporary,"
-            f" {memory.generated_code_size_in_bytes / MIB:.1f} MiB program"
-        )
+    return compiled, mesh, shapes, shardings
 
 
 def _topology_devices(name: str) -> list:
@@ -59,6 +68,8 @@ def _topology_devices(name: str) -> list:
     if not shape:
         raise ConfigError(f"--topology {name!r} should look like v5e:4x4")
     # libtpu asks the cloud who it is unless told; nothing is executed, so any answer will do.
+    # Nor does it matter who else has loaded it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
