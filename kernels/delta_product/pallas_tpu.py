@@ -396,9 +396,13 @@ def _rows_and_columns(sizes: Sizes, rows, width: int):
         picked = [
             (part_PW == r) | (part_PW == r + count) | (part_PW == r + 2 * count) for r in heads(i)
         ]
-        ones = jnp.stack([jnp.where(mask, 1.0, 0.0) for mask in picked])
-        parts = jnp.broadcast_to(parts_LP[None, :length], (len(picked), *parts_LP[:length].shape))
-        return _dot(jnp.dtype(jnp.bfloat16), parts, ones)
+        ones = [jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16) for mask in picked]
+        dot = functools.partial(
+            *(jax.lax.dot, parts_LP[:length]),
+            precision=jax.lax.Precision.DEFAULT,
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.stack([dot(x) for x in ones])
 
     return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
 
