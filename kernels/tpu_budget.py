@@ -38,7 +38,7 @@ from .delta_product import api as delta_api
 
 BUDGET = pathlib.Path(__file__).with_name("tpu_budget.json")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-TOKENS, HEADS = 1024, 8
+TOKENS, HEADS, ROWS = 1024, 8, 2  # of a device
 TOLERANCE = 1.05
 
 
@@ -191,8 +191,9 @@ def kernel(case: Case, mesh: Mesh):
         shape, dtype, sharding=NamedSharding(mesh, spec)
     )
     rows, later = PartitionSpec("x"), PartitionSpec(None, "x")
-    given = functools.partial(array, rows, jnp.dtype(case.dtype), devices, TOKENS)
-    wide = functools.partial(array, rows, jnp.float32, devices)
+    batch = ROWS * devices
+    given = functools.partial(array, rows, jnp.dtype(case.dtype), batch, TOKENS)
+    wide = functools.partial(array, rows, jnp.float32, batch)
     width, steps = case.width, case.steps
     if case.operation == "delta_product":
         stride = {1: 128, 2: 64, 3: 32}[steps]
