@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from .additive_scan import api as additive_api, pallas_tpu as additive_tpu
-from .delta_product import api as delta_api
+from .delta_product import api as delta_api, pallas_tpu as delta_tpu
 
 BUDGET = pathlib.Path(__file__).with_name("tpu_budget.json")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -222,10 +222,11 @@ def kernel(case: Case, mesh: Mesh):
         out_specs=(rows, rows, later) if ahead else rows,
         check_vma=False,
     )
-    trips = 1
+    trips, heads = 1, delta_tpu.GROUP * min(steps, 2)
     if case.operation == "additive_scan":
-        trips = HEADS // additive_tpu.TOGETHER[getattr(jnp, case.dtype)]
-    return jax.jit(local), arguments, trips, HEADS * stride / 64
+        heads = additive_tpu.ROWS
+        trips = heads // additive_tpu.TOGETHER[getattr(jnp, case.dtype)]
+    return jax.jit(local), arguments, trips, heads * stride / 64
 
 
 def table(counts: dict[str, dict[str, float]]) -> str:

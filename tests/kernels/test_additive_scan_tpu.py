@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels.additive_scan import pallas_tpu, reference
+from scanax.kernels import additive_scan
+from scanax.kernels.additive_scan import api, backend, pallas_tpu, reference
 
 KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty")
 SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,))  # of the rows
@@ -160,6 +161,36 @@ def test_no_races(what, capfd):
         jax.block_until_ready(run_once())
     printed = "".join(capfd.readouterr())
     assert "RACE DETECTED" not in printed, printed
+
+
+@pytest.mark.parametrize(("ahead", "back"), [("pallas_tpu", "xla"), ("xla", "pallas_tpu")])
+def test_forward_and_backward_of_different_backends(ahead, back):
+    """All backends leave the same residuals."""
+    (*inputs, state, run), _ = arrays(Case(20, 1, (32, 32), 16, ("normal",), factors=True))
+    reset = jnp.zeros((1, 20), bool).at[0, 7].set(True)
+
+    def loss(inputs, names):
+        forward, backward = (api.BACKENDS[name] for name in names)
+        options = {"scale": 0.2, "chunk_size": None, "forward": forward, "backward": backward}
+        o, (s, z) = backend.scan(*inputs, reset, **options)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(s)) + jnp.sum(jnp.sin(z))
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    with pltpu.force_tpu_interpret_mode():
+        actual = jax.device_get(run((*inputs, state), (ahead, back)))
+    expected = jax.device_get(run((*inputs, state), ("xla", "xla")))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-5)
+
+
+def test_the_public_function_takes_the_name():
+    (q, k, v, f, state, _), _ = arrays(Case(5, 1, (32, 32), 16, ("normal",), factors=True))
+    options = {"k_factor": f, "initial_state": state, "segment_ids": jnp.asarray([[0, 0, 1, 1, 1]])}
+    with pltpu.force_tpu_interpret_mode():
+        actual = additive_scan(q, k, v, implementation="pallas_tpu", **options)
+    expected = additive_scan(q, k, v, implementation="reference", **options)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-5)
 
 
 WRONG = {

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels.delta_product import pallas_tpu
+from scanax.kernels import delta_product
+from scanax.kernels.delta_product import api, backend, pallas_tpu
 from scanax.kernels.delta_product.reference import delta_product_reference
 
 NAMES = ("q", "k", "v", "beta", "g", "state")
@@ -193,6 +194,38 @@ def test_rows_divided_over_devices():
     divided = jax.shard_map(whole, mesh=mesh, in_specs=rows, out_specs=rows)
     inputs = (*tokens, state, do, dfinal)
     assert jax.eval_shape(divided, *inputs) == jax.eval_shape(whole, *inputs)
+
+
+@pytest.mark.parametrize(("ahead", "back"), [("pallas_tpu", "xla"), ("xla", "pallas_tpu")])
+def test_forward_and_backward_of_different_backends(ahead, back):
+    """All backends leave the same residuals; T is neither a stride nor a chunk."""
+    inputs = [jnp.asarray(x, jnp.float32) for x in arrays(Case((1, 40, 2, 32, 32, 2), gated=True))]
+    reset = jnp.zeros((1, 40), bool).at[0, 21].set(True)
+
+    def loss(inputs, names):
+        forward, backward = (api.BACKENDS[name] for name in names)
+        options = {"scale": 0.2, "chunk_size": None, "forward": forward, "backward": backward}
+        o, final = backend.scan(*inputs, reset, **options)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    with pltpu.force_tpu_interpret_mode():
+        actual = jax.device_get(run(inputs, (ahead, back)))
+    expected = jax.device_get(run(inputs, ("xla", "xla")))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - e).max() <= 3e-5 * np.abs(e).max()
+
+
+def test_the_public_function_takes_the_name():
+    q, k, v, beta, g, state = (
+        jnp.asarray(x, jnp.float32) for x in arrays(Case((1, 5, 1, 32, 32, 1), gated=True))
+    )
+    options = {"initial_state": state, "segment_ids": jnp.asarray([[0, 0, 1, 1, 1]])}
+    with pltpu.force_tpu_interpret_mode():
+        actual = delta_product(q, k, v, beta, g, implementation="pallas_tpu", **options)
+    expected = delta_product(q, k, v, beta, g, implementation="reference", **options)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-5)
 
 
 WRONG = {
