@@ -1,10 +1,13 @@
 """The additive linear recurrence: values averaged by a softmax over time, per key channel.
 
-reference.py  the definition, one token after another
-chunk.py      the mathematics of one chunk, forward and backward
-xla.py        a scan over chunks with that backward, in plain JAX
-attention.py  the non-causal form, which needs no scan
-api.py        the public functions
+reference.py   the definition, one token after another
+quotients.py   one chunk with one reference for all its tokens, forward and backward
+chunk.py       one chunk for keys of any size, forward and backward
+xla.py         a scan over chunks with these, in plain JAX
+pallas_tpu.py  the same as kernels for TPU
+backend.py     what a backend provides, and how a forward and a backward join
+attention.py   the non-causal form, which needs no scan
+api.py         the public functions and the table of implementations
 """
 
 from .api import additive_attention, additive_scan, additive_step

@@ -24,9 +24,9 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ..per_device import per_device
+from ..rows import power_of_two, resets_so_far
 
 CHECKPOINT = 64  # tokens between two states that are kept
 SHORTEST = 16  # the same in rows that are shorter, which are padded
@@ -53,7 +53,7 @@ class Backend(NamedTuple):
 def scan(q, k, v, f, state, reset, *, scale, chunk_size, forward: Backend, backward: Backend):
     """The scan with one backend's forward and one's backward; arguments as in ``reference.py``."""
     static = (forward, backward, float(scale), *_sizes(q, chunk_size))
-    return _scan(q, k, v, f, state, _runs(reset), static)
+    return _scan(q, k, v, f, state, resets_so_far(reset), static)
 
 
 def supports(
@@ -61,7 +61,7 @@ def supports(
 ) -> str | None:
     """Why :func:`scan` cannot run on these arguments, or None."""
     chunk, stride = _sizes(q, chunk_size)
-    arguments = (q, k, v, f, state, _runs(reset))
+    arguments = (q, k, v, f, state, resets_so_far(reset))
     reasons = (
         backend.supports(*arguments, scale=scale, chunk=chunk, stride=stride)
         for backend in (forward, backward)
@@ -69,23 +69,14 @@ def supports(
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _runs(reset):
-    return None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
-
-
 def _sizes(q, chunk_size: int | None) -> tuple[int | None, int]:
     """Chunk and stride."""
     tokens = q.shape[1]
-    stride = min(CHECKPOINT, max(_power_of_two(tokens), SHORTEST))
+    stride = min(CHECKPOINT, max(power_of_two(tokens), SHORTEST))
     if chunk_size is None:
         return None, stride
-    chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))
+    chunk = min(power_of_two(chunk_size), power_of_two(tokens))
     return chunk, max(stride, chunk)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below the number."""
-    return 1 << (number - 1).bit_length()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -7,7 +7,7 @@ or dispatch. Notation (arrays may carry leading batch dimensions):
   i, j   tokens, j <= i         b   before the chunk         e   its last token
   S, z   state; z_i after token i
 
-Every factor is the exponential of something <= 0, and no common reference serves a whole chunk:
+Every factor is the exponential of something <= 0, and no common reference serves all chunks:
 rising keys overflow it, falling ones lose everything. So tokens meet in a tree. A pair (j, i)
 meets at the one level where j lies in the left half of a block and i in the right half; with r
 the normaliser at the end of that left half,

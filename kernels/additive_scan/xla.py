@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .. import rows
 from . import chunk as chunk_lib, quotients
 
 CHUNK = 32  # tokens; of the exact form, whose pairs cost more, 16
@@ -86,12 +87,14 @@ def _forward(q, k, v, f, state, run, scale, stride, form: _Form, chunk: int):
 
     o_BTHV = jnp.zeros((*row[0].shape[:-1], v.shape[-1]), q.dtype)
     carry = (state, o_BTHV, jnp.asarray(True))
-    (state, o_BTHV, sound), starts = jax.lax.scan(one_stride, carry, _starts(row, stride))
+    (state, o_BTHV, sound), starts = jax.lax.scan(
+        one_stride, carry, rows.stride_starts(row[0].shape[1], stride)
+    )
     return sound, (o_BTHV[:, : q.shape[1]], state, starts)
 
 
 def _backward(q, k, v, f, run, starts, final, do, dfinal, scale, stride, form: _Form, chunk: int):
-    row, do_BTHV = _row(q, k, v, f, run, stride), _pad(do, stride)
+    row, do_BTHV = _row(q, k, v, f, run, stride), rows.whole_strides(do, stride)
     dtype = starts[0].dtype
     read = lambda t, z_BHK: form.prepare(*_read(row, t, chunk, scale, dtype, z_BHK))
 
@@ -122,7 +125,7 @@ def _backward(q, k, v, f, run, starts, final, do, dfinal, scale, stride, form: _
     r_BHK = jnp.sum(ds_BHKV * final[0], axis=-1) - dz_BHK
     zeros = [None if x is None else jnp.zeros_like(x) for x in row[:4]]
     carry = (ds_BHKV, r_BHK, zeros, jnp.asarray(True))
-    strides = (_starts(row, stride), starts)
+    strides = (rows.stride_starts(row[0].shape[1], stride), starts)
     (ds, r, gradients, sound), _ = jax.lax.scan(one_stride, carry, strides, reverse=True)
     first_s, first_z = (x[0] for x in starts)
     dz = jnp.where(first_z == -jnp.inf, 0, jnp.sum(ds * first_s, axis=-1) - r)
@@ -132,20 +135,9 @@ def _backward(q, k, v, f, run, starts, final, do, dfinal, scale, stride, form: _
 
 def _row(q, k, v, f, run, stride: int) -> tuple[Any, ...]:
     """Whole strides; a key of -inf is a token that is not there."""
-    k = _pad(k, stride, constant_values=-jnp.inf)
-    return _pad(q, stride), k, _pad(v, stride), _pad(f, stride), _pad(run, stride, mode="edge")
-
-
-def _pad(x, stride: int, **options):
-    if x is None:
-        return None
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, -x.shape[1] % stride)
-    return jnp.pad(x, padding, **options)
-
-
-def _starts(row, stride: int):
-    return jnp.arange(0, row[0].shape[1], stride, dtype=jnp.int32)
+    q, v, f = (rows.whole_strides(x, stride) for x in (q, v, f))
+    k = rows.whole_strides(k, stride, constant_values=-jnp.inf)
+    return q, k, v, f, rows.whole_strides(run, stride, mode="edge")
 
 
 def _read(row, t, chunk: int, scale: float, dtype, z_BHK):
@@ -155,9 +147,8 @@ def _read(row, t, chunk: int, scale: float, dtype, z_BHK):
     q, k, v, f = parts
     entering = None
     if run is not None:
-        before = jax.lax.dynamic_slice_in_dim(run, jnp.maximum(t - 1, 0), 1, axis=1)
-        entering = jnp.where(t > 0, before, 0)[:, None, :, None]
-        run = jax.lax.dynamic_slice_in_dim(run, t, chunk, axis=1)[:, None, :, None]
+        run, entering = rows.resets_of_chunk(run, t, chunk)
+        run, entering = run[:, None, :, None], entering[:, None, :, None]
     return scale * q, k, v, f, z_BHK, run, entering
 
 

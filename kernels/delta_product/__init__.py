@@ -1,9 +1,11 @@
 """The (gated) DeltaProduct scan: a product of Householder steps per token.
 
-reference.py  the definition, one token after another
-chunk.py      the mathematics of one chunk (WY form), forward and backward
-xla.py        a scan over chunks with that backward, in plain JAX
-api.py        the public functions
+reference.py   the definition, one token after another
+chunk.py       the mathematics of one chunk (WY form), forward and backward
+xla.py         a scan over chunks with that backward, in plain JAX
+pallas_tpu.py  the same as kernels for TPU
+backend.py     what a backend provides, and how a forward and a backward join
+api.py         the public functions and the table of implementations
 """
 
 from .api import delta_product, delta_product_step

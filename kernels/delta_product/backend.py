@@ -26,9 +26,9 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ..per_device import per_device
+from ..rows import power_of_two, resets_so_far
 
 CHECKPOINT = 128  # micro-steps between two states that are kept, at most
 SHORTEST = 16  # tokens between them, at least: shorter rows are padded
@@ -54,7 +54,7 @@ def scan(q, k, v, beta, g, state, reset, *, scale, chunk_size, forward: Backend,
     """The scan with one backend's forward and one's backward; arguments as in ``reference.py``."""
     sizes = _sizes(k, chunk_size)
     static = (forward, backward, float(scale), *sizes)
-    return _scan(q, k, v, beta, g, state, _runs(reset), static)
+    return _scan(q, k, v, beta, g, state, resets_so_far(reset), static)
 
 
 def supports(
@@ -62,7 +62,7 @@ def supports(
 ) -> str | None:
     """Why :func:`scan` cannot run on these arguments, or None."""
     chunk, stride = _sizes(k, chunk_size)
-    arguments = (q, k, v, beta, g, state, _runs(reset))
+    arguments = (q, k, v, beta, g, state, resets_so_far(reset))
     reasons = (
         backend.supports(*arguments, scale=scale, chunk=chunk, stride=stride)
         for backend in (forward, backward)
@@ -70,24 +70,15 @@ def supports(
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _runs(reset):
-    return None if reset is None else jnp.cumsum(reset.astype(jnp.int32), axis=1)
-
-
 def _sizes(k, chunk_size: int | None) -> tuple[int | None, int]:
     """Chunk and stride."""
     tokens, steps = k.shape[1:3]
-    longest = _power_of_two(max(1, CHECKPOINT // steps) + 1) // 2
-    stride = min(max(_power_of_two(tokens), SHORTEST), longest)
+    longest = power_of_two(max(1, CHECKPOINT // steps) + 1) // 2
+    stride = min(max(power_of_two(tokens), SHORTEST), longest)
     if chunk_size is None:
         return None, stride
-    chunk = min(_power_of_two(chunk_size), _power_of_two(tokens))
+    chunk = min(power_of_two(chunk_size), power_of_two(tokens))
     return chunk, max(stride, chunk)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below the number."""
-    return 1 << (number - 1).bit_length()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import rows
 from . import chunk as chunk_lib
 
 
@@ -25,7 +26,7 @@ def default_chunk(steps: int) -> int:
 
 def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     """Outputs, final state and the states at the start of all strides, as in ``backend.py``."""
-    row, run = _row(q, k, v, beta, g, stride), _pad(run, stride, mode="edge")
+    row, run = _row(q, k, v, beta, g, stride), rows.whole_strides(run, stride, mode="edge")
     chunk = chunk or min(default_chunk(k.shape[2]), stride)
 
     def body(carry, start):
@@ -38,14 +39,16 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
         return (state_BHKV, o_BT1HV), first_BHKV
 
     o_BT1HV = jnp.zeros((*row[0].shape[:-1], v.shape[-1]), q.dtype)
-    (final, o_BT1HV), starts = jax.lax.scan(body, (state, o_BT1HV), _starts(row, stride))
+    (final, o_BT1HV), starts = jax.lax.scan(
+        body, (state, o_BT1HV), rows.stride_starts(row[0].shape[1], stride)
+    )
     return o_BT1HV[:, : q.shape[1], 0], final, starts
 
 
 def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride):
     """Gradients of the inputs and of the initial state, as in ``backend.py``."""
-    row, run = _row(q, k, v, beta, g, stride), _pad(run, stride, mode="edge")
-    do_BT1HV = _pad(do[:, :, None], stride)
+    row, run = _row(q, k, v, beta, g, stride), rows.whole_strides(run, stride, mode="edge")
+    do_BT1HV = rows.whole_strides(do[:, :, None], stride)
     chunk = chunk or min(default_chunk(k.shape[2]), stride)
     dtype = starts.dtype
 
@@ -72,7 +75,10 @@ def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride)
 
     zeros = [None if x is None else jnp.zeros_like(x) for x in row]
     (dstate, gradients), _ = jax.lax.scan(
-        body, (dfinal.astype(dtype), zeros), (_starts(row, stride), starts), reverse=True
+        body,
+        (dfinal.astype(dtype), zeros),
+        (rows.stride_starts(row[0].shape[1], stride), starts),
+        reverse=True,
     )
     gradients: Any = [None if x is None else x[:, : q.shape[1]] for x in gradients]
     dq, dk, dv, dbeta, dg = gradients
@@ -84,20 +90,7 @@ def _row(q, k, v, beta, g, stride: int) -> tuple[Any, ...]:
     """All inputs as [B, T, steps of the token, H, width], T a multiple of the stride."""
     g = None if g is None else g[:, :, None, :, None]
     arrays = (q[:, :, None], k, v, beta[..., None], g)
-    return tuple(_pad(x, stride) for x in arrays)
-
-
-def _pad(x, stride: int, **options):
-    """Whole strides along axis 1; tokens of zeros change nothing."""
-    if x is None:
-        return None
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, -x.shape[1] % stride)
-    return jnp.pad(x, padding, **options)
-
-
-def _starts(row, stride: int):
-    return jnp.arange(0, row[0].shape[1], stride, dtype=jnp.int32)
+    return tuple(rows.whole_strides(x, stride) for x in arrays)
 
 
 def _read(row, run, t, chunk: int, scale: float, dtype) -> chunk_lib.Chunk:
@@ -106,9 +99,8 @@ def _read(row, run, t, chunk: int, scale: float, dtype) -> chunk_lib.Chunk:
     q, k, v, beta, g = parts
     entering = None
     if run is not None:
-        before = jax.lax.dynamic_slice_in_dim(run, jnp.maximum(t - 1, 0), 1, axis=1)
-        entering = jnp.where(t > 0, before, 0)
-        run = jax.lax.dynamic_slice_in_dim(run, t, chunk, axis=1)[:, None]
+        run, entering = rows.resets_of_chunk(run, t, chunk)
+        run = run[:, None]
     g = None if g is None else g[..., 0]
     decay = chunk_lib.decays(g, run, entering, q.shape[:-1], dtype)
     return chunk_lib.prepare(scale * q, k, v, beta[..., 0], decay)
