@@ -204,7 +204,7 @@ def kernel(case: Case, mesh: Mesh):
         starts = array(later, jnp.float32, TOKENS // stride, *state.shape)
         inputs = (q, k, k, beta, g)
         backend = delta_api.BACKENDS["pallas_tpu"]
-        forward, backward = (*inputs, state, None), (*inputs, None, starts, q, state)
+        forward, backward = (*inputs, state, None), (*inputs, None, starts, state, q, state)
     else:
         stride, q = 64, given(HEADS, width)
         state = wide(HEADS, width, width), wide(HEADS, width)

@@ -5,7 +5,7 @@ quotients.py   one chunk with one reference for all its tokens, forward and back
 chunk.py       one chunk for keys of any size, forward and backward
 xla.py         a scan over chunks with these, in plain JAX
 pallas_tpu.py  the same as kernels for TPU
-backend.py     what a backend provides, and how a forward and a backward join
+contract.py    what its backends take and return (``../backends.py``)
 attention.py   the non-causal form, which needs no scan
 api.py         the public functions and the table of implementations
 """

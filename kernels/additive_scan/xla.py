@@ -53,7 +53,7 @@ EXACT = _Form(
 
 
 def forward(q, k, v, f, state, run, *, scale, chunk, stride):
-    """Outputs, final state and the states at the start of all strides, as in ``backend.py``."""
+    """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
     run_with = functools.partial(_forward, q, k, v, f, state, run, scale, stride)
     sound, results = run_with(QUOTIENTS, chunk or min(CHUNK, stride))
     waits = jnp.any((state[1] == -jnp.inf) & jnp.any(state[0] != 0, axis=-1))
@@ -62,7 +62,7 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
 
 
 def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
-    """Gradients of the inputs and of the initial state, as in ``backend.py``."""
+    """Gradients of the inputs and of the initial state, as in ``backends.py``."""
     arguments = (q, k, v, f, run, starts, final, do, dfinal, scale, stride)
     run_with = functools.partial(_backward, *arguments)
     sound, results = run_with(QUOTIENTS, chunk or min(CHUNK, stride))

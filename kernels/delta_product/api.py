@@ -1,37 +1,28 @@
 """Public functions of the DeltaProduct scan: argument checks, then dispatch."""
 
-import functools
-
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from .. import dispatch
+from ..backends import Backend, implementation as implementation_of
 from ..dtypes import accumulation_dtype
-from . import backend, pallas_tpu, reference, xla
+from . import pallas_tpu, reference, xla
+from .contract import CONTRACT
 
 BACKENDS = {
-    "xla": backend.Backend(xla.forward, xla.backward),
-    "pallas_tpu": backend.Backend(
+    "xla": Backend(xla.forward, xla.backward),
+    "pallas_tpu": Backend(
         *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
     ),
 }
 
-
-def _both_ways(name: str, **options) -> dispatch.Implementation:
-    """A backend's forward with its own backward."""
-    both = {"forward": BACKENDS[name], "backward": BACKENDS[name]}
-    return dispatch.Implementation(
-        functools.partial(backend.scan, **both),
-        functools.partial(backend.supports, **both),
-        **options,
-    )
-
-
 IMPLEMENTATIONS = {
-    "pallas_tpu": _both_ways("pallas_tpu", platforms=("tpu",), measured=True),
-    "xla": _both_ways("xla"),
+    "pallas_tpu": implementation_of(
+        CONTRACT, BACKENDS["pallas_tpu"], platforms=("tpu",), measured=True
+    ),
+    "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.delta_product_reference),
 }
 

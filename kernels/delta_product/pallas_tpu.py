@@ -118,7 +118,7 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     return _tokens_first(sizes, o)[:, :, 0], split(final), split(starts)
 
 
-def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride):
+def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
     """Gradients of ``forward`` from the states that it kept.
 
     Args:
@@ -128,6 +128,7 @@ def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride)
       dq, dk, dv, dbeta, dg in the shapes and dtypes of their inputs (dg is None without g), and
       dstate [B, H, K, V] in float32.
     """
+    del final
     sizes = _sizes(q, k, v, g, run, scale, chunk, stride)
     tokens = [_heads_first(sizes, x) for x in (q, k, v, do)]
     factors = _factors(sizes, beta, g, run)

@@ -25,7 +25,7 @@ def default_chunk(steps: int) -> int:
 
 
 def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
-    """Outputs, final state and the states at the start of all strides, as in ``backend.py``."""
+    """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
     row, run = _row(q, k, v, beta, g, stride), rows.whole_strides(run, stride, mode="edge")
     chunk = chunk or min(default_chunk(k.shape[2]), stride)
 
@@ -45,8 +45,9 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     return o_BT1HV[:, : q.shape[1], 0], final, starts
 
 
-def backward(q, k, v, beta, g, run, starts, do, dfinal, *, scale, chunk, stride):
-    """Gradients of the inputs and of the initial state, as in ``backend.py``."""
+def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backends.py``."""
+    del final
     row, run = _row(q, k, v, beta, g, stride), rows.whole_strides(run, stride, mode="edge")
     do_BT1HV = rows.whole_strides(do[:, :, None], stride)
     chunk = chunk or min(default_chunk(k.shape[2]), stride)

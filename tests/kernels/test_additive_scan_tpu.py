@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels import additive_scan
-from scanax.kernels.additive_scan import api, backend, pallas_tpu, reference
+from scanax.kernels import additive_scan, backends
+from scanax.kernels.additive_scan import api, pallas_tpu, reference
+from scanax.kernels.additive_scan.contract import CONTRACT
 
 KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty")
 SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,))  # of the rows
@@ -172,7 +173,8 @@ def test_forward_and_backward_of_different_backends(ahead, back):
     def loss(inputs, names):
         forward, backward = (api.BACKENDS[name] for name in names)
         options = {"scale": 0.2, "chunk_size": None, "forward": forward, "backward": backward}
-        o, (s, z) = backend.scan(*inputs, reset, **options)
+        options["contract"] = CONTRACT
+        o, (s, z) = backends.scan(*inputs, reset, **options)
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(s)) + jnp.sum(jnp.sin(z))
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)

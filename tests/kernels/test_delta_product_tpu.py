@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scanax.kernels import delta_product
-from scanax.kernels.delta_product import api, backend, pallas_tpu
+from scanax.kernels import backends, delta_product
+from scanax.kernels.delta_product import api, pallas_tpu
+from scanax.kernels.delta_product.contract import CONTRACT
 from scanax.kernels.delta_product.reference import delta_product_reference
 
 NAMES = ("q", "k", "v", "beta", "g", "state")
@@ -105,7 +106,7 @@ ROUNDED = {"xla_allow_excess_precision": False}
 def both_kernels(inputs, run, do, dfinal, **static):
     *tokens, state = inputs
     o, final, starts = pallas_tpu.forward(*tokens, state, run, **static)
-    return (o, final), pallas_tpu.backward(*tokens, run, starts, do, dfinal, **static)
+    return (o, final), pallas_tpu.backward(*tokens, run, starts, final, do, dfinal, **static)
 
 
 compiled = jax.jit(
@@ -175,7 +176,7 @@ def test_no_races(direction, capfd):
             )
         else:
             outputs = jax.jit(functools.partial(pallas_tpu.backward, **static))(
-                *tokens, runs(case), starts, do, dfinal
+                *tokens, runs(case), starts, state, do, dfinal
             )
         jax.block_until_ready(outputs)
     printed = "".join(capfd.readouterr())
@@ -205,7 +206,8 @@ def test_forward_and_backward_of_different_backends(ahead, back):
     def loss(inputs, names):
         forward, backward = (api.BACKENDS[name] for name in names)
         options = {"scale": 0.2, "chunk_size": None, "forward": forward, "backward": backward}
-        o, final = backend.scan(*inputs, reset, **options)
+        options["contract"] = CONTRACT
+        o, final = backends.scan(*inputs, reset, **options)
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)

@@ -19,8 +19,9 @@ def main() -> None:
     """Run as a program with eight devices, whatever the other tests have."""
     import numpy as np
 
-    from scanax.kernels.additive_scan import api as additive, backend as additive_backend
-    from scanax.kernels.delta_product import api as delta, backend as delta_backend
+    from scanax.kernels import backends
+    from scanax.kernels.additive_scan import api as additive
+    from scanax.kernels.delta_product import api as delta
     from scanax.train.mesh import MeshConfig, make_mesh, replicated
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,25 +33,25 @@ def main() -> None:
     reset = jnp.zeros((batch, tokens), bool).at[1, 5].set(True)
     options = {"scale": 0.3, "chunk_size": 8}
 
-    def gradients(scan, backend, inputs):
-        both = {"forward": backend, "backward": backend}
+    def gradients(contract, backend, inputs):
+        both = {"contract": contract, "forward": backend, "backward": backend}
 
         def loss(inputs):
-            o, final = scan(*inputs, reset, **options, **both)
+            o, final = backends.scan(*inputs, reset, **options, **both)
             return jnp.sum(jnp.sin(o)) + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(final))
 
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(inputs))
 
     g = -jnp.abs(q[..., 0])
     cases = (
-        (delta_backend.scan, delta.BACKENDS["xla"], (q, k, 2 * k, beta, g, state)),
-        (additive_backend.scan, additive.BACKENDS["xla"], (q, q, q, None, (state, q[:, 0]))),
+        (delta.CONTRACT, delta.BACKENDS["xla"], (q, k, 2 * k, beta, g, state)),
+        (additive.CONTRACT, additive.BACKENDS["xla"], (q, q, q, None, (state, q[:, 0]))),
     )
-    for scan, backend, inputs in cases:
-        expected = gradients(scan, backend, inputs)
+    for contract, backend, inputs in cases:
+        expected = gradients(contract, backend, inputs)
         inputs = jax.device_put(inputs, replicated(mesh))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            actual = gradients(scan, backend._replace(divisible=False), inputs)
+            actual = gradients(contract, backend._replace(divisible=False), inputs)
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
