@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 BATCH_AXES = ("data", "fsdp", "expert")  # of the mesh, along which rows are divided
@@ -53,3 +54,16 @@ def per_device(function: Callable[..., Any], inputs: Any, outputs: Any) -> Calla
         return run(*arrays)
 
     return call
+
+
+def varying(shapes: list[jax.ShapeDtypeStruct], inputs: list[jax.Array]) -> Any:
+    """Shapes of outputs that vary over a mesh axis of ``jax.shard_map`` if any input does.
+
+    They pass its check of replication, which :func:`per_device` leaves out.
+    """
+
+    def outputs(*inputs):
+        seed = sum(x.ravel()[0].astype(jnp.float32) for x in inputs)
+        return [jnp.broadcast_to(seed, x.shape).astype(x.dtype) for x in shapes]
+
+    return jax.eval_shape(outputs, *inputs)

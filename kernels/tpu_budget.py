@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from .additive_scan import api as additive_api, pallas_tpu as additive_tpu
-from .delta_product import api as delta_api, pallas_tpu as delta_tpu
+from .delta_product import api as delta_api, tpu_layout as delta_tpu
 
 BUDGET = pathlib.Path(__file__).with_name("tpu_budget.json")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

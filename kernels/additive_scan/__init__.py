@@ -4,7 +4,7 @@ reference.py   the definition, one token after another
 quotients.py   one chunk with one reference for all its tokens, forward and backward
 chunk.py       one chunk for keys of any size, forward and backward
 xla.py         a scan over chunks with these, in plain JAX
-pallas_tpu.py  the same as kernels for TPU
+pallas_tpu.py  the same as kernels for TPU, with tpu_tree.py, tpu_layout.py
 contract.py    what its backends take and return (``../backends.py``)
 attention.py   the non-causal form, which needs no scan
 api.py         the public functions and the table of implementations

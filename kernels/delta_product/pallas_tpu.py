@@ -24,35 +24,22 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-MICRO_STEPS = 128  # of a chunk at most: rows of the matrix unit
-BLOCK = 16  # tokens: rows of a bfloat16 tile
-GROUP = 8  # heads per grid step at most, if N = 1 and widths are at most 128
+from .tpu_inverse import dot_general, inverse, number, truncate
+from .tpu_layout import (
+    MICRO_STEPS,
+    Sizes,
+    call,
+    default_chunk,
+    factors_of,
+    heads_first,
+    sizes_of,
+    steps_last,
+    tokens_first,
+)
+
 WIDTHS = (32, 64, 128, 256)
-VMEM = 56 << 20  # bytes: below the 64 MiB of a TPU v5p core
-
-
-class Sizes(NamedTuple):
-    """What is static about a call."""
-
-    batch: int  # B
-    tokens: int  # T
-    steps: int  # N
-    heads: int  # H
-    chunk: int  # C
-    chunks: int  # M
-    windows: int  # X
-    group: int  # h
-    operand: jnp.dtype  # of the factors of matrix products
-    scale: float
-    has_decay: bool
-    has_run: bool
-
-    @property
-    def micro(self) -> int:  # L
-        return self.chunk * self.steps
 
 
 class Chunk(NamedTuple):
@@ -80,7 +67,7 @@ def supports(q, k, v, beta, g, state, run, *, scale, chunk, stride) -> str | Non
         return f"N must be 1 to 4, not {steps}"
     if not set(widths) <= set(WIDTHS):
         return f"K and V must be among {WIDTHS}, not {widths}"
-    chunk = _default_chunk(steps, stride) if chunk is None else chunk
+    chunk = default_chunk(steps, stride) if chunk is None else chunk
     if chunk < 16 or chunk & (chunk - 1) or stride % chunk:
         return f"chunk must be a power of two >= 16 that divides the stride {stride}, not {chunk}"
     if chunk * steps > MICRO_STEPS:
@@ -101,13 +88,13 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     Returns:
       o [B, T, H, V] in q's dtype; final [B, H, K, V] and starts [X, B, H, K, V] in float32.
     """
-    sizes = _sizes(q, k, v, g, run, scale, chunk, stride)
-    tokens = [_heads_first(sizes, x) for x in (q, k, v)]
+    sizes = sizes_of(q, k, v, g, run, scale, chunk, stride)
+    tokens = [heads_first(sizes, x) for x in (q, k, v)]
     state = state.astype(jnp.float32).reshape(-1, *state.shape[2:])
     shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-    o, final, starts = _call(
+    o, final, starts = call(
         *(_forward_kernel, sizes, lambda x: x),
-        {"tokens": tokens, "chunks": [_factors(sizes, beta, g, run)], "states": [state]},
+        {"tokens": tokens, "chunks": [factors_of(sizes, beta, g, run)], "states": [state]},
         {
             "tokens": [shape((*tokens[0].shape[:3], v.shape[-1]), q.dtype)],
             "states": [shape(state.shape, jnp.float32)],
@@ -115,7 +102,7 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
         },
     )
     split = lambda x: x.reshape(*x.shape[:-3], sizes.batch, sizes.heads, *x.shape[-2:])
-    return _tokens_first(sizes, o)[:, :, 0], split(final), split(starts)
+    return tokens_first(sizes, o)[:, :, 0], split(final), split(starts)
 
 
 def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -129,9 +116,9 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
       dstate [B, H, K, V] in float32.
     """
     del final
-    sizes = _sizes(q, k, v, g, run, scale, chunk, stride)
-    tokens = [_heads_first(sizes, x) for x in (q, k, v, do)]
-    factors = _factors(sizes, beta, g, run)
+    sizes = sizes_of(q, k, v, g, run, scale, chunk, stride)
+    tokens = [heads_first(sizes, x) for x in (q, k, v, do)]
+    factors = factors_of(sizes, beta, g, run)
     join = lambda x: x.astype(jnp.float32).reshape(*x.shape[:-4], -1, *x.shape[-2:])
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
     rows = lambda width: jax.ShapeDtypeStruct((*factors.shape[:2], sizes.group, width), jnp.float32)
@@ -139,7 +126,7 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     if sizes.has_decay:
         drows += [rows(sizes.chunk), rows(v.shape[-1])]  # dsum, dend
     dfinal = join(dfinal)
-    dq, dk, dv, *drows, dstate = _call(
+    dq, dk, dv, *drows, dstate = call(
         *(_backward_kernel, sizes, lambda x: sizes.windows - 1 - x),
         {"tokens": tokens, "chunks": [factors], "starts": [join(starts)], "states": [dfinal]},
         {
@@ -148,8 +135,8 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
             "states": [like(dfinal, jnp.float32)],
         },
     )
-    dq, dk, dv = (_tokens_first(sizes, x) for x in (dq, dk, dv))
-    dbeta = _steps_last(sizes, drows[0], sizes.steps).astype(beta.dtype)
+    dq, dk, dv = (tokens_first(sizes, x) for x in (dq, dk, dv))
+    dbeta = steps_last(sizes, drows[0], sizes.steps).astype(beta.dtype)
     dg = None if g is None else _decay_gradient(sizes, *drows[1:]).astype(g.dtype)
     return dq[:, :, 0], dk, dv, dbeta, dg, dstate.reshape(starts.shape[1:])
 
@@ -162,7 +149,7 @@ def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
     def _():
         final[...] = state[...]
 
-    dot = functools.partial(_dot, sizes.operand)
+    dot = functools.partial(dot_general, sizes.operand)
     state_KV = final[...]
     starts[...] = state_KV
     for m in range(sizes.chunks):
@@ -182,7 +169,7 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
     def _():
         dstate[...] = dfinal[...]
 
-    dot = functools.partial(_dot, sizes.operand)
+    dot = functools.partial(dot_general, sizes.operand)
     state_KV, entered = starts[...], []
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
@@ -210,7 +197,7 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
 
 def _prepare(sizes: Sizes, m: int, q, k, v, factors) -> Chunk:
     """The part of chunk m of the window that does not depend on the state."""
-    dot = functools.partial(_dot, sizes.operand)
+    dot = functools.partial(dot_general, sizes.operand)
     steps = range(sizes.steps)
     qk_RK = jnp.concatenate([x[:, _span(sizes, m)] for x in (q[0], *(k[j] for j in steps))], axis=1)
     v_LV = jnp.concatenate([v[j, :, _span(sizes, m)] for j in steps], axis=1)
@@ -225,7 +212,7 @@ def _prepare(sizes: Sizes, m: int, q, k, v, factors) -> Chunk:
         *(qk_RK, v_LV.astype(jnp.float32), beta_LW, *decay),
         decay_RL=decay_RL,
         scores_RL=scores_RL,
-        inverse_LL=_inverse(sizes, _times(beta_LW, _keys(sizes, scores_RL))),
+        inverse_LL=inverse(sizes, _times(beta_LW, _keys(sizes, scores_RL))),
     )
 
 
@@ -254,12 +241,12 @@ def _decays(sizes: Sizes, row, column):
 def _pseudo_values(sizes: Sizes, chunk: Chunk, held_LV):
     """u = T (beta error) and error = v - e^G k H: [h, L, V] each."""
     error_LV = chunk.v_LV - held_LV
-    return _dot(sizes.operand, chunk.inverse_LL, _times(chunk.beta_LW, error_LV)), error_LV
+    return dot_general(sizes.operand, chunk.inverse_LL, _times(chunk.beta_LW, error_LV)), error_LV
 
 
 def _next_state(sizes: Sizes, chunk: Chunk, u_LV, state_KV):
     k_LK = _keys(sizes, chunk.qk_RK)
-    written_KV = _dot(sizes.operand, k_LK, _times(chunk.leave_LW, u_LV), (1, 1))
+    written_KV = dot_general(sizes.operand, k_LK, _times(chunk.leave_LW, u_LV), (1, 1))
     return _times(chunk.across_11, state_KV) + written_KV
 
 
@@ -269,7 +256,7 @@ def _chunk_backward(sizes: Sizes, chunk: Chunk, u_LV, error_LV, state_KV, do_CV,
     Returns:
       dq above dk [h, R, K]; dv; rows [h, ...] of dbeta and, with a decay, of dsum and dend; dstate.
     """
-    dot, keys = functools.partial(_dot, sizes.operand), functools.partial(_keys, sizes)
+    dot, keys = functools.partial(dot_general, sizes.operand), functools.partial(_keys, sizes)
     qk_RK, tokens = chunk.qk_RK, sizes.chunk
     left_LV = _times(chunk.leave_LW, dot(keys(qk_RK), dstate_KV))
     du_LV = dot(chunk.scores_RL[:, :tokens], do_CV, (1, 1)) + left_LV
@@ -297,96 +284,13 @@ def _chunk_backward(sizes: Sizes, chunk: Chunk, u_LV, error_LV, state_KV, do_CV,
     return dqk_RK, dv_LV, gradients, carried_KV + dot(qk_RK, dread_RV, (1, 1))
 
 
-def _inverse(sizes: Sizes, a_LL) -> jax.Array:
-    """(I + A)^{-1} by merging blocks, as in ``chunk.py``: X - X A_b X = (I - X A_b) X.
-
-    X is block diagonal, so it is kept as the rows of one block, side by side for all blocks:
-    [h, N * block, L] for blocks of so many tokens. Micro-steps meet in the merge of blocks of b
-    where b is the highest bit in which their numbers differ.
-    """
-    dot = functools.partial(_dot, sizes.operand)
-    differ_LL = _differ(sizes)
-    numbers = 1 << (sizes.steps - 1).bit_length()  # per token
-    eye_LL = jnp.where(differ_LL == 0, 1.0, 0.0)
-    block = min(BLOCK, sizes.chunk)
-    eye_bL = _block_rows(sizes, block, eye_LL)
-    x_bL = eye_bL - _block_rows(sizes, block, jnp.where(differ_LL == 1, a_LL, 0))
-    for level in range(1, (sizes.chunk * numbers - 1).bit_length()):
-        x_bL = x_bL.astype(sizes.operand)
-        x_LL = jnp.where(differ_LL < block * numbers, _repeat(sizes, block, x_bL), _zero(x_bL))
-        xa_bL = dot(x_bL, jnp.where(differ_LL >> level == 1, a_LL, 0))
-        if 1 << level < block * numbers:
-            x_bL = dot(eye_bL - xa_bL, x_LL)
-        else:
-            x_bL = _double(sizes, block, x_bL, dot(-xa_bL, x_LL).astype(sizes.operand))
-            block *= 2
-    return x_bL if sizes.operand == jnp.float32 else _newton(a_LL, x_bL, eye_LL)
-
-
-def _newton(a_LL, x_LL, eye_LL):
-    """X + X (I - (I + A) X), where (I + A) is the sum of two bfloat16 matrices."""
-    dot = functools.partial(_dot, jnp.dtype(jnp.bfloat16))
-    x_LL = x_LL.astype(jnp.bfloat16)
-    high_LL = _truncate(a_LL)
-    sum_LL = jnp.concatenate([eye_LL + high_LL, a_LL - high_LL], axis=2)
-    return dot(x_LL, 2 * eye_LL - dot(sum_LL, jnp.concatenate([x_LL, x_LL], axis=1)))
-
-
-def _block_rows(sizes: Sizes, block: int, x_LL):
-    """Rows of the diagonal blocks of so many tokens, side by side: [., N * block, L]."""
-    token_1L = jax.lax.broadcasted_iota(jnp.int32, (1, 1, sizes.micro), 2) & (sizes.chunk - 1)
-    rows = []
-    for first in range(0, sizes.micro, sizes.chunk):
-        rows_bL = x_LL[:, first : first + block]
-        for start in range(block, sizes.chunk, block):
-            here = x_LL[:, first + start : first + start + block]
-            rows_bL = jnp.where(token_1L // block == start // block, here, rows_bL)
-        rows.append(rows_bL)
-    return jnp.concatenate(rows, axis=1)
-
-
-def _repeat(sizes: Sizes, block: int, x_bL):
-    """Rows of a block as rows of every block: [., L, L]."""
-    steps = [x_bL[:, j * block : (j + 1) * block] for j in range(sizes.steps)]
-    return jnp.concatenate([x for x in steps for _ in range(sizes.chunk // block)], axis=1)
-
-
-def _double(sizes: Sizes, block: int, x_bL, below_bL):
-    """Rows of blocks twice as large, from those of the halves and those below the diagonal."""
-    second = jax.lax.broadcasted_iota(jnp.int32, (1, block, sizes.micro), 2) & block != 0
-    rows = []
-    for j in range(sizes.steps):
-        x, below = (y[:, j * block : (j + 1) * block] for y in (x_bL, below_bL))
-        rows += [jnp.where(second, _zero(x), x), jnp.where(second, x, below)]
-    return jnp.concatenate(rows, axis=1)
-
-
-def _number(sizes: Sizes, axis: int):
-    """A number per micro-step along an axis of [1, L, L] that grows in the true order."""
-    index = jax.lax.broadcasted_iota(jnp.int32, (1, sizes.micro, sizes.micro), axis)
-    token, step = index & (sizes.chunk - 1), index >> (sizes.chunk.bit_length() - 1)
-    return (token << (sizes.steps - 1).bit_length()) + step
-
-
-def _differ(sizes: Sizes):
-    return _number(sizes, 1) ^ _number(sizes, 2)
-
-
-def _before(sizes: Sizes):
-    """Whether the row reads the state after micro-step s (column): [1, R, L]."""
-    shape = (1, sizes.chunk, sizes.micro)
-    token, other = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
-    queries = (other & (sizes.chunk - 1)) <= token
-    return jnp.concatenate([queries, _number(sizes, 2) < _number(sizes, 1)], axis=1)
-
-
 def _rows_and_columns(sizes: Sizes, rows, width: int):
     """Functions that give quantity i of ``_factors`` as [h, 1, L], and as [h, length, W].
 
     The matrix unit makes the columns, exactly: the three bfloat16 parts of a float32, times ones.
     """
-    high = _truncate(rows)
-    middle = _truncate(rows - high)
+    high = truncate(rows)
+    middle = truncate(rows - high)
     parts = jnp.concatenate([high, middle, rows - high - middle], axis=0)
     parts_LP = parts.T.astype(jnp.bfloat16)
     count = rows.shape[0]
@@ -408,10 +312,12 @@ def _rows_and_columns(sizes: Sizes, rows, width: int):
     return lambda i: jnp.stack([rows[r : r + 1] for r in heads(i)]), column
 
 
-def _truncate(x):
-    """The leading bits of a float32 that a bfloat16 holds, as a float32."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
+def _before(sizes: Sizes):
+    """Whether the row reads the state after micro-step s (column): [1, R, L]."""
+    shape = (1, sizes.chunk, sizes.micro)
+    token, other = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+    queries = (other & (sizes.chunk - 1)) <= token
+    return jnp.concatenate([queries, number(sizes, 2) < number(sizes, 1)], axis=1)
 
 
 def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -428,24 +334,9 @@ def _sum(x):
     return jnp.sum(x, axis=-1, keepdims=True)
 
 
-def _zero(x):
-    return jnp.zeros((), x.dtype)
-
-
 def _as_rows(x_L1):
     """Columns [h, L, 1] as rows [h, L]."""
     return jnp.concatenate([x_L1[h] for h in range(x_L1.shape[0])], axis=1).T
-
-
-def _dot(operand, a, b, contract=(2, 1)):
-    """Product per head, summed over axis contract[0] of a and contract[1] of b, in float32."""
-    full = operand == jnp.float32
-    return jax.lax.dot_general(
-        *(a.astype(operand), b.astype(operand)),
-        (((contract[0],), (contract[1],)), ((0,), (0,))),
-        precision=jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _span(sizes: Sizes, m: int) -> slice:
@@ -453,136 +344,8 @@ def _span(sizes: Sizes, m: int) -> slice:
     return slice(m * sizes.chunk, (m + 1) * sizes.chunk)
 
 
-# Around the kernels: sizes, layouts, the call.
-
-
-def _default_chunk(steps: int, stride: int) -> int:
-    return min(stride, 1 << (MICRO_STEPS // steps).bit_length() - 1)
-
-
-def _sizes(q, k, v, g, run, scale, chunk, stride) -> Sizes:
-    batch, tokens, steps, heads = k.shape[:4]
-    chunk = _default_chunk(steps, stride) if chunk is None else chunk
-    rounded = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    # More than one step means fewer tokens per chunk, and room for twice as many heads.
-    limit = GROUP * min(steps, 2) * 128 // max(128, q.shape[-1], v.shape[-1])
-    return Sizes(
-        batch=batch,
-        tokens=tokens,
-        steps=steps,
-        heads=heads,
-        chunk=chunk,
-        chunks=stride // chunk,
-        windows=pl.cdiv(tokens, stride),
-        group=max(h for h in range(1, limit + 1) if batch * heads % h == 0),
-        operand=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
-        scale=scale,
-        has_decay=g is not None,
-        has_run=run is not None,
-    )
-
-
-def _pad(sizes: Sizes, x, mode="constant"):
-    """Pads axis 1 to whole windows, with tokens that do nothing."""
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, sizes.windows * sizes.chunks * sizes.chunk - sizes.tokens)
-    return jnp.pad(x, padding, mode=mode)
-
-
-def _heads_first(sizes: Sizes, x):
-    """[B, T, (N,) H, D] -> [N or 1, B * H, X * M * C, D] in the dtype of factors."""
-    x = x[:, :, None] if x.ndim == 4 else x
-    x = _pad(sizes, x.astype(sizes.operand)).transpose(2, 0, 3, 1, 4)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _tokens_first(sizes: Sizes, x):
-    """[N, B * H, X * M * C, D] -> [B, T, N, H, D]."""
-    x = x.reshape(-1, sizes.batch, sizes.heads, *x.shape[2:])
-    return x.transpose(1, 3, 0, 2, 4)[:, : sizes.tokens]
-
-
-def _factors(sizes: Sizes, beta, g, run):
-    """beta, G, run and entering run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
-    rows = [_chunk_rows(sizes, _pad(sizes, beta))]
-    if g is not None:  # e^-104 is 0 in float32: more would only cost G its digits
-        g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
-        rows.append(jnp.cumsum(jnp.maximum(g, -104), axis=-1))
-    if run is not None:
-        run = jnp.broadcast_to(run[..., None, None], (*run.shape, 1, sizes.heads))
-        run = _pad(sizes, run, mode="edge")
-        entering_run = jnp.pad(run[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-        run, entering_run = (_chunk_rows(sizes, x) for x in (run, entering_run))
-        rows += [run, jnp.broadcast_to(entering_run[..., :1], run.shape)]
-    rows = [jnp.tile(x, sizes.micro // x.shape[-1]) for x in rows]
-    return jnp.concatenate(rows, axis=-2)
-
-
-def _chunk_rows(sizes: Sizes, x):
-    """[B, T, N or 1, H] -> [B * H / h, X * M, h, C * N] in float32."""
-    batch, tokens, steps, heads = x.shape
-    x = x.astype(jnp.float32).reshape(batch, tokens // sizes.chunk, sizes.chunk, steps, heads)
-    x = x.transpose(0, 4, 1, 3, 2)
-    x = x.reshape(-1, sizes.group, tokens // sizes.chunk, steps * sizes.chunk)
-    return x.transpose(0, 2, 1, 3)
-
-
-def _steps_last(sizes: Sizes, x, steps: int):
-    """The inverse: [B * H / h, X * M, h, C * N] -> [B, T, N, H]."""
-    chunks = x.shape[1]
-    x = x.transpose(0, 2, 1, 3)
-    x = x.reshape(sizes.batch, sizes.heads, chunks, steps, sizes.chunk).transpose(0, 2, 4, 3, 1)
-    x = x.reshape(sizes.batch, chunks * sizes.chunk, steps, sizes.heads)
-    return x[:, : sizes.tokens]
-
-
 def _decay_gradient(sizes: Sizes, dsum_C, dend_V):
     """dg_t sums dL/dG of its chunk from token t on: [B, T, H]."""
     dsum_C = jax.lax.cumsum(dsum_C, axis=dsum_C.ndim - 1, reverse=True)
     dg_C = dsum_C + jnp.sum(dend_V, axis=-1, keepdims=True)
-    return _steps_last(sizes, dg_C, 1)[:, :, 0]
-
-
-def _call(kernel, sizes: Sizes, window, inputs: dict, outputs: dict):
-    """Runs a kernel on the grid (group of heads, window).
-
-    ``inputs`` and ``outputs`` list arrays (or their shapes) by kind, in the kernel's order;
-    ``window`` maps the second index of the grid to the window it works on.
-    """
-    index = {
-        "tokens": lambda h, x: (0, h, window(x), 0),
-        "chunks": lambda h, x: (h, window(x), 0, 0),
-        "states": lambda h, x: (h, 0, 0),
-        "starts": lambda h, x: (window(x), h, 0, 0),
-    }
-    block = {
-        "tokens": lambda s: (s[0], sizes.group, sizes.chunks * sizes.chunk, s[3]),
-        "chunks": lambda s: (None, sizes.chunks, *s[2:]),
-        "states": lambda s: (sizes.group, *s[1:]),
-        "starts": lambda s: (None, sizes.group, *s[2:]),
-    }
-    flat = lambda arrays: [(kind, x) for kind in arrays for x in arrays[kind]]
-    specs = lambda arrays: [
-        pl.BlockSpec(block[kind](x.shape), index[kind]) for kind, x in flat(arrays)
-    ]
-    return pl.pallas_call(
-        functools.partial(kernel, sizes),
-        grid=(sizes.batch * sizes.heads // sizes.group, sizes.windows),
-        in_specs=specs(inputs),
-        out_specs=specs(outputs),
-        out_shape=_varying([x for _, x in flat(outputs)], [x for _, x in flat(inputs)]),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
-        ),
-        name="delta_product" + kernel.__name__.removesuffix("_kernel"),
-    )(*(x for _, x in flat(inputs)))
-
-
-def _varying(shapes, inputs):
-    """Shapes of outputs that vary over the axes of ``jax.shard_map`` over which any input does."""
-
-    def outputs(*inputs):
-        seed = sum(x.ravel()[0].astype(jnp.float32) for x in inputs)
-        return [jnp.broadcast_to(seed, x.shape).astype(x.dtype) for x in shapes]
-
-    return jax.eval_shape(outputs, *inputs)
+    return steps_last(sizes, dg_C, 1)[:, :, 0]

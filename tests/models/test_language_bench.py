@@ -10,11 +10,14 @@ from scanax.models import language_bench as bench
 
 COMMAND = [sys.executable, "-m", "scanax.models.language_bench"]
 
+# What is compared with is no dependency: without it there is nothing to compare.
+TORCH = "the benchmark's other side: pip install torch transformers"
+
 
 def test_delta_product_trains_alike():
     """Equal losses on rows that do not fill a chunk."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason=TORCH)
+    pytest.importorskip("transformers", reason=TORCH)
     public = bench.published("delta_product", 16, 1, 2, 32, 3) | {"tie_word_embeddings": False}
     rows_XBT = bench.markov(32, 10, 2, 70)
     with jax.numpy_dtype_promotion("standard"):  # inside of optax
@@ -26,7 +29,7 @@ def test_delta_product_trains_alike():
 
 def test_lightnet_and_its_tables():
     """The losses are compared before anything is timed; our parts add up to our step."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason=TORCH)
     public = bench.published("lightnet", 16, 1, 2, 32, 1) | {"use_short_conv": True}
     with jax.numpy_dtype_promotion("standard"):
         result = bench.benchmark("lightnet", public, (10, 2, 70), 1, with_torch=True)
