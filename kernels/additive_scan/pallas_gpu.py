@@ -1,0 +1,472 @@
+"""The additive recurrence on Hopper GPUs: the chunks of ``quotients.py`` on tensor cores.
+
+Symbols as there; a chunk is the C tokens of a stride, at most 64. Per direction there are two
+kernels over all chunks side by side and one that goes through them:
+
+  prepare      queries (q / E) exp(z_b - r) and keys exp(k - z_e) f, which meet the state, and the
+               scores of a chunk's tokens
+  forward      a program per row and 64 values goes through the chunks, the state in registers
+  backward     as forward, from the end, with the cotangent of the state in registers; and dv
+  gradients    what is left: dq, df and dk
+
+The state is kept transposed, [V, K], as in the kernels of DeltaProduct. The normalisers between
+chunks need no matrices; XLA finds them beforehand, and R of the backward afterwards. Sums over
+tokens, E and what the keys receive through it, are products with a matrix of ones, exact but for
+the float32 that is multiplied as the sum of two bfloat16.
+
+As in the form for CPU, a call whose keys rise so much within a chunk that the first of them are lost
+is computed once more by ``xla.py``, and so is one with states that wait for their first key.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import hopper
+from ..hopper import (
+    ROWS,
+    Read,
+    by_column,
+    by_row,
+    column,
+    index,
+    load,
+    pl,
+    plgpu,
+    product,
+    row,
+    store_transposed,
+    tile,
+    vectors,
+    zeros,
+)
+from ..hopper_scans import (
+    SQUARE,
+    WIDTHS,
+    block,
+    enter_segments,
+    float32,
+    of_chunk,
+    of_tokens,
+    read_state,
+    segments_of,
+    state_memory,
+    write_state,
+)
+from ..rows import whole_strides
+from . import xla
+from .quotients import SMALLEST
+
+LOG2_E = math.log2(math.e)
+# Factors of a chunk's channels: r, exp(z_b - r), exp(r - z_e) and exp(z_b - z_e).
+REFERENCE, OLD, END, ACROSS = range(4)
+# And of its tokens: the run, and whether it is the one that enters or leaves the chunk.
+RUN, ENTERED, ENDING = range(3)
+
+
+def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
+    """Why these arguments of ``forward`` do not fit the kernels, or None."""
+    del state, run, scale
+    widths = q.shape[-1], v.shape[-1]
+    dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v, f) if x is not None}
+    if dtypes != {"bfloat16"}:
+        return f"arrays must be bfloat16, the factors of tensor cores, not {sorted(dtypes)}"
+    if not set(widths) <= set(WIDTHS):
+        return f"K and V must be among {WIDTHS}, not {widths}"
+    if stride not in (16, 32, 64):
+        return f"stride must be 16, 32 or 64 tokens, not {stride}"
+    if chunk not in (None, stride):
+        return f"a chunk must hold the {stride} tokens of a stride, not {chunk}"
+    return hopper.unavailable()
+
+
+def forward(q, k, v, f, state, run, *, scale, chunk, stride):
+    """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
+    arguments = (q, k, v, f, state, run)
+    again = functools.partial(xla.forward, scale=scale, chunk=chunk, stride=stride)
+    length = q.shape[1]
+    q, k, v, f, run = _whole(q, k, v, f, run, stride)
+    z, channels = _normalisers(k, state[1], run, stride)
+    tokens = _tokens_of(run, q, stride)
+    prepared = _prepare(q, k, f, channels, tokens, scale, stride)
+    through = functools.partial(_forward, v, prepared, channels, stride=stride)
+    states = _entering(through, channels, jnp.swapaxes(state[0], -1, -2), v.shape[-1])
+    results = through(states)
+    final = jnp.swapaxes(results["final"][:, :, -1], -1, -2)
+    starts = results["starts"], jnp.moveaxis(z[:, :, :-1], 2, 0)
+    new = results["o"][:, :length], (final, z[:, :, -1]), starts
+    return jax.lax.cond(_sound(prepared, state), lambda: new, lambda: again(*arguments))
+
+
+def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backends.py``."""
+    arguments = (q, k, v, f, run, starts, final, do, dfinal)
+    again = functools.partial(xla.backward, scale=scale, chunk=chunk, stride=stride)
+    length, do = q.shape[1], whole_strides(do.astype(q.dtype), stride)
+    q, k, v, f, run = _whole(q, k, v, f, run, stride)
+    first = tuple(x[0] for x in starts)
+    z, channels = _normalisers(k, first[1], run, stride)
+    tokens = _tokens_of(run, q, stride)
+    prepared = _prepare(q, k, f, channels, tokens, scale, stride)
+    ds_final, dz_final = dfinal
+    through = functools.partial(_backward, v, do, prepared, channels, stride=stride)
+    last = jnp.swapaxes(ds_final, -1, -2)
+    passed = through(_entering(through, channels, last, v.shape[-1], reverse=True))
+    new = _gradients(
+        *(q, k, v, f, do, starts[0], passed["dstates"], channels, tokens, scale, stride)
+    )
+
+    # R: what a chunk's end gets through z, and the keys from it.
+    r_last = jnp.sum(ds_final * final[0], axis=-1) - dz_final
+    entered = jnp.sum(new["entered"], axis=-2).reshape(*channels.shape[:3], -1)
+    r = _linear_scan(channels[..., ACROSS, :], entered, r_last)
+    by_token = lambda x: jnp.moveaxis(x, 1, 2)[:, :, None]  # [B, H, X, K] -> [B, X, 1, H, K]
+    chunks = lambda x: x.reshape(x.shape[0], -1, stride, *x.shape[2:])
+    z_end = by_token(z[:, :, 1:])
+    ending = tokens[:, :, ENDING, :stride, None, None]
+    leave = jnp.where((ending > 0) & (z_end > -jnp.inf), jnp.exp(chunks(k) - z_end), 0)
+    dk = chunks(new["dk"]) - leave * by_token(r[:, :, 1:])
+    gradients = (new["dq"], dk.reshape(k.shape).astype(k.dtype), passed["dv"], new.get("df"))
+    ds = jnp.swapaxes(passed["final"][:, :, 0], -1, -2)
+    dz = jnp.where(first[1] == -jnp.inf, 0, jnp.sum(ds * first[0], axis=-1) - r[:, :, 0])
+    cut = tuple(None if x is None else x[:, :length] for x in gradients)
+    results = (*cut, (ds, dz))
+    return jax.lax.cond(_sound(prepared, first), lambda: results, lambda: again(*arguments))
+
+
+def _whole(q, k, v, f, run, stride: int):
+    """Whole strides; a key of -inf is a token that is not there."""
+    q, v, f = (whole_strides(x, stride) for x in (q, v, f))
+    k = whole_strides(k, stride, constant_values=-jnp.inf)
+    return q, k, v, f, whole_strides(run, stride, mode="edge")
+
+
+def _sound(prepared, state) -> jax.Array:
+    waits = jnp.any((state[1] == -jnp.inf) & jnp.any(state[0] != 0, axis=-1))
+    return (jnp.max(prepared["lost"]) == 0) & ~waits
+
+
+def _runs(run, q, stride: int):
+    """[B, X, stride] int32: 0 is the run that enters the chunk."""
+    if run is None:
+        run = jnp.zeros(q.shape[:2], jnp.int32)
+    before = jnp.pad(run[:, :-1], ((0, 0), (1, 0)))
+    run, before = (x.reshape(x.shape[0], -1, stride) for x in (run, before))
+    return run - before[..., :1]
+
+
+def _tokens_of(run, q, stride: int) -> jax.Array:
+    """Factors of tokens: [B, X, 3, 64] float32."""
+    run = _runs(run, q, stride)
+    rows = jnp.stack([run, run == 0, run == run[..., -1:]], axis=2).astype(jnp.float32)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - stride)))
+
+
+def _normalisers(k, z, run, stride: int) -> tuple[jax.Array, jax.Array]:
+    """z before all chunks and after the last, [B, H, X + 1, K], and factors [B, H, X, 4, K]."""
+    run = _runs(run, k, stride)[..., None, None]
+    k = k.astype(jnp.float32).reshape(k.shape[0], -1, stride, *k.shape[2:])
+    ending = run == run[:, :, -1:]
+    local = jax.scipy.special.logsumexp(jnp.where(ending, k, -jnp.inf), axis=2)
+    kept = jnp.broadcast_to(run[:, :, -1] == 0, local.shape)
+
+    def join(left, right):
+        (kept, z), (kept_here, here) = left, right
+        return kept & kept_here, jnp.logaddexp(jnp.where(kept_here, z, -jnp.inf), here)
+
+    start = lambda x, value: jnp.concatenate([value[:, None], x], axis=1)
+    elements = (start(kept, jnp.zeros_like(z, dtype=bool)), start(local, z))
+    z = jnp.moveaxis(jax.lax.associative_scan(join, elements, axis=1)[1], 1, 2)
+    before, after = z[:, :, :-1], z[:, :, 1:]
+    top = jnp.maximum(jnp.moveaxis(jnp.max(k, axis=2), 1, 2), before)
+    r = jnp.where(top == -jnp.inf, 0, top)
+    exp = lambda x: jnp.where(after > -jnp.inf, jnp.exp(x), 0)
+    across = jnp.where(jnp.moveaxis(kept, 1, 2), exp(before - after), 0)
+    return z, jnp.stack([r, jnp.exp(before - r), exp(r - after), across], axis=-2)
+
+
+def _entering(through, channels, first, value: int, reverse: bool = False) -> jax.Array:
+    """The states that segments begin with, [B, H, Z, V, K], from the first: [B, H, V, K]."""
+    batch, heads, chunks, _, key = channels.shape
+    segments = segments_of(batch * heads, value, 0, chunks, hopper.processors())
+    if segments == 1:
+        return first[:, :, None]
+    nothing = jnp.zeros((batch, heads, segments, *first.shape[2:]), jnp.float32)
+    added = through(nothing, keep=False)["final"]
+    across = channels[..., ACROSS, :].reshape(batch, heads, segments, -1, key)
+    decay = lambda state, factor: state * factor[..., None, :]
+    return enter_segments(decay, first, jnp.prod(across, axis=3), added, reverse)
+
+
+def _linear_scan(across, added, last) -> jax.Array:
+    """r_x = across_x r_{x+1} + added_x from the last one: [B, H, X + 1, K]."""
+
+    def join(later, earlier):
+        (factor, r), (factor_here, here) = later, earlier
+        return factor * factor_here, factor_here * r + here
+
+    end = lambda x, value: jnp.concatenate([x, value[:, :, None]], axis=2)
+    elements = (end(across, jnp.zeros_like(last)), end(added, last))
+    return jax.lax.associative_scan(join, elements, axis=2, reverse=True)[1]
+
+
+# Kernels.
+
+
+def _within(refs, later: bool = False) -> jax.Array:
+    """Whether the token (row) sees the token (column), or with ``later`` is seen by it."""
+    i, j = index(SQUARE, 0), index(SQUARE, 1)
+    run = column(refs["columns"].at[RUN])
+    same = by_column(run, SQUARE) == by_row(row(refs["rows"].at[RUN]), SQUARE)
+    return same & (j >= i if later else j <= i)
+
+
+def _sum_of_tokens(seen, x, refs) -> jax.Array:
+    """Sums of [64, 64] over the tokens that are seen, to float32."""
+    ones = jnp.where(seen, 1.0, 0.0).astype(jnp.bfloat16)
+    high = x.astype(jnp.bfloat16)
+    refs["high"][...] = high
+    refs["low"][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return product(ones, refs["low"], product(ones, refs["high"]))
+
+
+def _weights(refs, k, channels, stride: int):
+    """e, E and its inverse for 64 channels, of which ``channels(i)`` are the factors."""
+    by_channel = lambda i: by_row(channels(i), SQUARE)
+    e = jnp.exp2((k - by_channel(REFERENCE)) * LOG2_E)
+    e = jnp.where(index(SQUARE, 0) < stride, e, 0.0)
+    old = by_channel(OLD) * by_column(column(refs["columns"].at[ENTERED]), SQUARE)
+    sums = old + _sum_of_tokens(_within(refs), e, refs)
+    inverse = jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1.0), 0.0)
+    return e, old, sums, inverse
+
+
+def _prepare(q, k, f, channels, tokens, scale: float, stride: int):
+    """queries and keys [B, H, X, 64, K], scores [B, H, X, 64, 64], and lost [B, H, X, K]: how many
+    tokens of a channel have lost keys."""
+    key = q.shape[-1]
+
+    def compute(place, refs):
+        scores = zeros(*SQUARE)
+        for start in range(0, key, ROWS):
+            some = pl.ds(start, ROWS)
+            part = lambda name, some=some: load(refs[name].at[:, some]).astype(jnp.float32)
+            factor = lambda i, some=some: row(refs["channels"].at[i, some])
+            k = part("k")
+            e, old, sums, inverse = _weights(refs, k, factor, stride)
+            lost = (sums < SMALLEST) & ((sums > 0) | (k > -jnp.inf))
+            refs["lost_sums"].at[some][...] = jnp.sum(jnp.where(lost, 1.0, 0.0), axis=0)
+            queries = part("q") * inverse * scale
+            keys = e if f is None else e * part("f")
+            refs["high"][...] = keys.astype(q.dtype)
+            ending = by_column(column(refs["columns"].at[ENDING]), SQUARE)
+            keys = keys * ending * by_row(factor(END), SQUARE)
+            refs["q"].at[:, some][...] = (queries * old).astype(q.dtype)
+            refs["k"].at[:, some][...] = keys.astype(q.dtype)
+            plgpu.commit_smem()
+            scores = product(queries.astype(q.dtype), refs["high"].T, scores)
+        refs["low"][...] = jnp.where(_within(refs), scores, 0.0).astype(q.dtype)
+        plgpu.commit_smem()
+        at = place["row"], place["head"], place["chunk"]
+        sources = {"queries": "q", "keys": "k", "scores": "low", "lost": "lost_sums"}
+        for name, source in sources.items():
+            plgpu.copy_smem_to_gmem(refs[source], refs[name].at[at])
+
+    chunk = lambda place, n: place["chunk"]
+    reads = {"q": of_tokens(q, stride, chunk), "k": of_tokens(k, stride, chunk)}
+    if f is not None:
+        reads["f"] = of_tokens(f, stride, chunk)
+    grid = _grid(channels, "chunk")
+    shape = lambda *shape, dtype=q.dtype: jax.ShapeDtypeStruct((*grid.values(), *shape), dtype)
+    return hopper.one_tile(
+        "additive_scan_prepare",
+        grid,
+        {**reads, **_factors(channels, tokens, chunk)},
+        {
+            "queries": shape(ROWS, key),
+            "keys": shape(ROWS, key),
+            "scores": shape(*SQUARE),
+            "lost": shape(key, dtype=jnp.float32),
+        },
+        {"high": tile(*SQUARE), "low": tile(*SQUARE), "lost_sums": vectors(key)},
+        compute,
+    )
+
+
+def _forward(v, prepared, channels, states, stride: int, keep: bool = True):
+    """The states leaving the segments, [B, H, Z, V, K], and, if they are kept, o [B, T, H, V] and
+    the states before all chunks, [X, B, H, K, V]."""
+    batch, heads, chunks, _, key = channels.shape
+    count = chunks // states.shape[2]
+    chunk = lambda place, n: place["segment"] * count + n
+
+    def step(place, n, refs, state):
+        row_, head, values = place["row"], place["head"], block(place)
+        if keep:
+            x = chunk(place, n)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store_transposed(refs["start"], state)
+            o = product(state.astype(v.dtype), refs["queries"].T)
+            o = product(refs["v"].T, refs["scores"].T, o)
+            store_transposed(refs["o_tile"], o.astype(v.dtype))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs["start"], refs["starts"].at[x, row_, head, :, values])
+            at = row_, pl.ds(x * stride, stride), head, values
+            plgpu.copy_smem_to_gmem(refs["o_tile"].at[pl.ds(0, stride)], refs["o"].at[at])
+        return product(refs["v"].T, refs["keys"], _across(refs, state))
+
+    read = ("queries", "keys", "scores") if keep else ("keys",)
+    outputs, scratch = {"final": float32(*states.shape)}, state_memory(key)
+    if keep:
+        outputs["o"] = jax.ShapeDtypeStruct(v.shape, v.dtype)
+        outputs["starts"] = float32(chunks, batch, heads, key, v.shape[-1])
+        scratch |= {"o_tile": tile(*SQUARE), "start": vectors(key, ROWS)}
+    return hopper.through_tiles(
+        "additive_scan_forward",
+        {**_grid(channels), "segment": states.shape[2], "block": v.shape[-1] // ROWS},
+        count,
+        {
+            "v": of_tokens(v, stride, chunk, block),
+            **{name: of_chunk(prepared[name], chunk) for name in read},
+            "channels": of_chunk(channels, chunk),
+        },
+        *({"states": states}, outputs, scratch),
+        *(read_state, step, write_state),
+    )
+
+
+def _backward(v, do, prepared, channels, dstates, stride: int, keep: bool = True):
+    """The cotangents of the states entering the segments, [B, H, Z, V, K], and, if they are kept,
+    dv [B, T, H, V] and the cotangents of the states after all chunks, [B, H, X, V, K]."""
+    batch, heads, chunks, _, key = channels.shape
+    count = chunks // dstates.shape[2]
+    chunk = lambda place, n: place["segment"] * count + count - 1 - n
+
+    def step(place, n, refs, dstate):
+        row_, head, values = place["row"], place["head"], block(place)
+        if keep:
+            rounded = dstate.astype(v.dtype)
+            dv = product(rounded, refs["keys"].T)
+            dv = product(refs["do"].T, refs["scores"], dv)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            refs["dstate_tile"][...] = rounded
+            store_transposed(refs["dv_tile"], dv.astype(v.dtype))
+            plgpu.commit_smem()
+            at = row_, head, chunk(place, n), values
+            plgpu.copy_smem_to_gmem(refs["dstate_tile"], refs["dstates"].at[at])
+            at = row_, pl.ds(chunk(place, n) * stride, stride), head, values
+            plgpu.copy_smem_to_gmem(refs["dv_tile"].at[pl.ds(0, stride)], refs["dv"].at[at])
+        return product(refs["do"].T, refs["queries"], _across(refs, dstate))
+
+    read = ("queries", "keys", "scores") if keep else ("queries",)
+    outputs, scratch = {"final": float32(*dstates.shape)}, state_memory(key)
+    if keep:
+        outputs["dv"] = jax.ShapeDtypeStruct(v.shape, v.dtype)
+        shape = (batch, heads, chunks, v.shape[-1], key)
+        outputs["dstates"] = jax.ShapeDtypeStruct(shape, v.dtype)
+        scratch |= {"dv_tile": tile(*SQUARE), "dstate_tile": tile(ROWS, key)}
+    return hopper.through_tiles(
+        "additive_scan_backward",
+        {**_grid(channels), "segment": dstates.shape[2], "block": v.shape[-1] // ROWS},
+        count,
+        {
+            "do": of_tokens(do, stride, chunk, block),
+            **{name: of_chunk(prepared[name], chunk) for name in read},
+            "channels": of_chunk(channels, chunk),
+        },
+        *({"states": dstates}, outputs, scratch),
+        *(read_state, step, write_state),
+    )
+
+
+def _gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, stride: int):
+    """dq, df, dk without what comes through R, float32, and entered [B, H, X, K / 64, 1, 64]."""
+    value = v.shape[-1]
+
+    def compute(place, refs):
+        part = lambda name: load(refs[name]).astype(jnp.float32)
+        factor = lambda i: row(refs["channels"].at[i, block(place)])
+        e, old, _, inverse = _weights(refs, part("k"), factor, stride)
+        seen = _within(refs)
+        f_ = None if f is None else part("f")
+        keys, queries = (e if f_ is None else e * f_), part("q") * scale
+        refs["state_tile"][...] = load(refs["state"]).astype(q.dtype)
+        p = jnp.where(seen, product(refs["do"], refs["v"].T), 0.0).astype(q.dtype)
+        refs["p"][...], refs["high"][...] = p, keys.astype(q.dtype)
+        refs["low"][...] = (queries * inverse).astype(q.dtype)
+        plgpu.commit_smem()
+        ending = by_column(column(refs["columns"].at[ENDING]), SQUARE)
+        leave = e * ending * by_row(factor(END), SQUARE)
+        dq = old * inverse * product(refs["do"], refs["state_tile"].T)
+        dq += inverse * product(p, refs["high"])
+        df = leave * product(refs["v"], refs["dstate"])
+        df += e * product(refs["p"].T, refs["low"])
+        x = queries * dq
+        refs["entered_sums"].at[0][...] = jnp.sum(old * inverse * x, axis=0)
+        dk = df if f_ is None else df * f_
+        dk = dk - e * _sum_of_tokens(_within(refs, later=True), inverse * x, refs)
+        refs["dk_tile"][...] = dk
+        refs["q"][...] = (dq * scale).astype(q.dtype)
+        if f is not None:
+            refs["f"][...] = df.astype(q.dtype)
+        plgpu.commit_smem()
+        row_, head, x, channels_ = (place[axis] for axis in ("row", "head", "chunk", "block"))
+        at = row_, pl.ds(x * stride, stride), head, block(place)
+        sources = {"dq": "q", "dk": "dk_tile"} | ({} if f is None else {"df": "f"})
+        for name, source in sources.items():
+            plgpu.copy_smem_to_gmem(refs[source].at[pl.ds(0, stride)], refs[name].at[at])
+        plgpu.copy_smem_to_gmem(refs["entered_sums"], refs["entered"].at[row_, head, x, channels_])
+
+    chunk = lambda place, n: place["chunk"]
+    reads = {"q": of_tokens(q, stride, chunk, block), "k": of_tokens(k, stride, chunk, block)}
+    outputs = {
+        "dq": jax.ShapeDtypeStruct(q.shape, q.dtype),
+        "dk": jax.ShapeDtypeStruct(k.shape, jnp.float32),
+    }
+    if f is not None:
+        reads["f"] = of_tokens(f, stride, chunk, block)
+        outputs["df"] = jax.ShapeDtypeStruct(f.shape, f.dtype)
+    grid = {**_grid(channels, "chunk"), "block": q.shape[-1] // ROWS}
+    outputs["entered"] = jax.ShapeDtypeStruct((*grid.values(), 1, ROWS), jnp.float32)
+    start = lambda place, n: (place["chunk"], place["row"], place["head"], block(place))
+    after = lambda place, n: (*(place[x] for x in ("row", "head", "chunk")), slice(None), block(place))
+    return hopper.one_tile(
+        "additive_scan_gradients",
+        grid,
+        {
+            **reads,
+            "v": of_tokens(v, stride, chunk),
+            "do": of_tokens(do, stride, chunk),
+            "state": Read(starts, vectors, (ROWS, value), start),
+            "dstate": Read(dstates, tile, (value, ROWS), after),
+            **_factors(channels, tokens, chunk),
+        },
+        outputs,
+        {
+            "p": tile(*SQUARE),
+            "high": tile(*SQUARE),
+            "low": tile(*SQUARE),
+            "state_tile": tile(ROWS, value),
+            "dk_tile": vectors(*SQUARE),
+            "entered_sums": vectors(1, ROWS),
+        },
+        compute,
+    )
+
+
+def _across(refs, state):
+    return state * by_row(row(refs["channels"].at[ACROSS]), state.shape)
+
+
+def _grid(channels, *axes: str) -> dict[str, int]:
+    """The axes of rows and heads, and of chunks."""
+    return dict(zip(("row", "head", *axes), channels.shape, strict=False))
+
+
+def _factors(channels, tokens, chunk) -> dict[str, Read]:
+    at = lambda place, n: (place["row"], chunk(place, n))
+    read = Read(tokens, vectors, tokens.shape[2:], at)
+    return {"channels": of_chunk(channels, chunk), "rows": read, "columns": read}

@@ -1,0 +1,542 @@
+"""DeltaProduct on Hopper GPUs: the chunks of ``chunk.py`` on tensor cores, forward and backward.
+
+Symbols as there; u are the pseudo-values, T the inverse, X chunks in a row. Five kernels:
+
+  prepare      all chunks side by side: T, the scores P, and for the backward M
+  forward      a program per row and 64 values goes through the chunks, the state in registers
+  replay       backward, strides side by side: u and the states once more, from those that were kept
+  backward     as forward, from the end, with the cotangent of the state in registers
+  gradients    all chunks side by side: what is left, products of the above
+
+The state is kept transposed, [V, K]: 64 values are the rows of a matrix, so that every product
+that the next one waits for has its left factor in registers, tokens and micro-steps are columns,
+of which there may be any multiple of 8, and N steps need no queries but those of their token.
+
+Rows that are too few for the processors are divided into segments (``gpu_layout.segments_of``).
+The state leaving a segment is linear in the one entering it, so that a first pass finds the
+transition of every segment, [K, K], by sending the identity through it, beside the zero state.
+
+Factors of products are bfloat16, sums and the state float32. Widths are 64 and 128.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from .. import hopper
+from ..hopper import (
+    ROWS,
+    Read,
+    by_column,
+    by_row,
+    column,
+    index,
+    load,
+    load_transposed,
+    pl,
+    plgpu,
+    product,
+    row,
+    store_transposed,
+    tile,
+    vectors,
+)
+from ..hopper_scans import (
+    SQUARE,
+    WIDTHS,
+    block,
+    enter_segments,
+    float32,
+    of_chunk,
+    of_tokens,
+    read_state,
+    state_memory,
+    write_state,
+)
+from .gpu_layout import (
+    ACROSS,
+    BETA,
+    ENTER,
+    LEAVE,
+    LOG,
+    QUERY_ENTER,
+    QUERY_LOG,
+    QUERY_RUN,
+    RUN,
+    Sizes,
+    factors_of,
+    micro_steps,
+    per_chunk,
+    per_token,
+    sizes_of,
+)
+
+
+def supports(q, k, v, beta, g, state, run, *, scale, chunk, stride) -> str | None:
+    """Why these arguments of ``forward`` do not fit the kernels, or None."""
+    del beta, g, state, run, scale
+    steps, widths = k.shape[2], (q.shape[-1], v.shape[-1])
+    dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
+    if dtypes != {"bfloat16"}:
+        return f"q, k, v must be bfloat16, the factors of tensor cores, not {sorted(dtypes)}"
+    if steps > 4:
+        return f"N must be 1 to 4, not {steps}"
+    if not set(widths) <= set(WIDTHS):
+        return f"K and V must be among {WIDTHS}, not {widths}"
+    if chunk is not None and (chunk < 16 or stride % chunk or chunk * steps > ROWS):
+        return f"a chunk holds 16 or more tokens and at most {ROWS} micro-steps, not {chunk} tokens"
+    return hopper.unavailable()
+
+
+def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
+    """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
+    sizes, length = sizes_of(q, k, v, scale, chunk, stride), q.shape[1]
+    q, k, v = (micro_steps(sizes, x) for x in (q, k, v))
+    factors = factors_of(sizes, beta, g, run)
+    prepared = _prepare(sizes, q, k, factors)
+    states = jnp.swapaxes(state, -1, -2)[:, :, None]
+    if sizes.segments > 1:
+        added, transitions = _transitions(sizes, k, v, prepared["inverse"], factors)
+        states = enter_segments(_apply, states[:, :, 0], transitions, added)
+    results = _forward(sizes, q, k, v, prepared, factors, states)
+    final = jnp.swapaxes(results["final"][:, :, -1], -1, -2)
+    return results["o"][:, :length], final, results["starts"]
+
+
+def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backends.py``."""
+    del final
+    sizes, length = sizes_of(q, k, v, scale, chunk, stride), q.shape[1]
+    q, k, v, do = (micro_steps(sizes, x) for x in (q, k, v, do.astype(q.dtype)))
+    factors = factors_of(sizes, beta, g, run)
+    prepared = _prepare(sizes, q, k, factors, keep_m=True)
+    replayed = _replay(sizes, k, v, prepared["inverse"], factors, starts)
+    dstates = jnp.swapaxes(dfinal.astype(jnp.float32), -1, -2)[:, :, None]
+    if sizes.segments > 1:
+        transitions = _transitions(sizes, k, v, prepared["inverse"], factors, values=False)[1]
+        nothing = jnp.zeros((sizes.batch, sizes.heads, sizes.segments, *dstates.shape[3:]), jnp.float32)
+        added = _backward(sizes, q, k, do, prepared, factors, nothing, keep=False)["final"]
+        transitions = jnp.swapaxes(transitions, -1, -2)
+        dstates = enter_segments(_apply, dstates[:, :, 0], transitions, added, reverse=True)
+    results = _backward(sizes, q, k, do, prepared, factors, dstates)
+    e = results["e"].reshape(sizes.batch, sizes.tokens, sizes.steps, sizes.heads, sizes.value)
+    passed = replayed["u"], replayed["states"], results["e"], results["dstates"]
+    new = _gradients(sizes, q, k, do, prepared["m"], factors, *passed)
+
+    # What is left is small or elementwise.
+    pad = ((0, 0), (0, sizes.tokens - length), (0, 0), (0, 0))
+    steps = jnp.pad(beta.astype(jnp.float32), pad)
+    dbeta = jnp.sum(e.astype(jnp.float32) * v.reshape(e.shape).astype(jnp.float32), axis=-1)
+    dvalue = per_chunk(sizes, steps * dbeta)
+    dbeta += per_token(sizes, jnp.sum(new["dbeta"], axis=3)[..., : sizes.micro], sizes.steps)
+    dsum = jnp.sum(new["dread"], axis=3)[..., : sizes.chunk]
+    dsum -= jnp.sum(dvalue.reshape(*dsum.shape, sizes.steps), axis=-1)
+    dlog = jax.lax.cumsum(dsum, axis=3, reverse=True) + jnp.sum(new["dend"], axis=(3, 4))[..., None]
+    darrays = (
+        new["dq"],
+        new["dk"].reshape(sizes.batch, sizes.tokens, sizes.steps, sizes.heads, sizes.key),
+        (steps[..., None] * e).astype(v.dtype),
+        dbeta.astype(beta.dtype),
+        None if g is None else per_token(sizes, dlog, 1)[:, :, 0].astype(g.dtype),
+    )
+    dstate = jnp.swapaxes(results["final"][:, :, 0], -1, -2)
+    return *(None if x is None else x[:, :length] for x in darrays), dstate
+
+
+_apply = functools.partial(jnp.matmul, precision="highest")  # a transition on transposed states
+
+
+def _prepare(sizes: Sizes, q, k, factors, keep_m: bool = False):
+    """T [B, H, X, 64, 64], scores P [B, H, X, C, 64], and M [B, H, X, 64, 64] if it is kept."""
+
+    def compute(place, refs):
+        x, work = refs["x"], refs["work"]
+        m = product(refs["k"], refs["k"].T) * _decay(sizes, refs)
+        beta = by_column(column(refs["columns"].at[BETA]), SQUARE)
+        inverse = _inverse(beta * m, x, work)
+        decay = _decay(sizes, refs, queries=True)
+        scores = product(refs["q"], refs["k"].T) * decay * sizes.scale
+        x[...], work[...] = inverse.astype(x.dtype), scores.astype(x.dtype)
+        if keep_m:
+            refs["m_tile"][...] = m.astype(x.dtype)
+        plgpu.commit_smem()
+        at = place["row"], place["head"], place["chunk"]
+        plgpu.copy_smem_to_gmem(x, refs["inverse"].at[at])
+        plgpu.copy_smem_to_gmem(work.at[pl.ds(0, sizes.chunk)], refs["scores"].at[at])
+        if keep_m:
+            plgpu.copy_smem_to_gmem(refs["m_tile"], refs["m"].at[at])
+
+    chunk = lambda place, n: place["chunk"]
+    outputs = {"inverse": _chunks(sizes, q, *SQUARE), "scores": _chunks(sizes, q, sizes.chunk, ROWS)}
+    scratch = {"x": tile(*SQUARE), "work": tile(*SQUARE)}
+    if keep_m:
+        outputs["m"], scratch["m_tile"] = _chunks(sizes, q, *SQUARE), tile(*SQUARE)
+    return hopper.one_tile(
+        "delta_product_prepare",
+        {"row": sizes.batch, "head": sizes.heads, "chunk": sizes.chunks},
+        {
+            "q": of_tokens(q, sizes.chunk, chunk),
+            "k": of_tokens(k, sizes.micro, chunk),
+            "rows": of_chunk(factors, chunk),
+            "columns": of_chunk(factors, chunk),
+        },
+        *(outputs, scratch, compute),
+    )
+
+
+def _decay(sizes: Sizes, refs, queries: bool = False):
+    """Decay from micro-step (column) to micro-step or to token (row): 0 where it is not before."""
+    i, j = index(SQUARE, 0), index(SQUARE, 1)
+    if queries:
+        before, log, run = jax.lax.div(j, sizes.steps) <= i, QUERY_LOG, QUERY_RUN
+    else:
+        before, log, run = j < i, LOG, RUN
+    rows = sizes.chunk if queries else sizes.micro
+    before &= i < rows
+    here, there = refs["columns"], refs["rows"]
+    before &= by_column(column(here.at[run]), SQUARE) == by_row(row(there.at[RUN]), SQUARE)
+    log = by_column(column(here.at[log]), SQUARE) - by_row(row(there.at[LOG]), SQUARE)
+    return jnp.where(before, jnp.exp2(jnp.where(before, log, 0.0)), 0.0)
+
+
+def _inverse(a, x_tile, a_tile):
+    """(I + A)^{-1} by merging blocks, as in ``chunk.py``, then a Newton step.
+
+    The merges' factors are bfloat16. The step, X + X (I - (I + A) X) with A as the sum of two
+    bfloat16 matrices, removes what that cost.
+    """
+    differ = jax.lax.bitwise_xor(index(SQUARE, 0), index(SQUARE, 1))
+    eye = jnp.where(differ == 0, 1.0, 0.0)
+    high = a.astype(x_tile.dtype)
+    low = (a - high.astype(jnp.float32)).astype(x_tile.dtype)
+    a_tile[...] = high
+    x = eye - jnp.where(differ == 1, a, 0.0)
+    for level in range(1, ROWS.bit_length() - 1):
+        rounded = x.astype(x_tile.dtype)
+        x_tile[...] = rounded
+        plgpu.commit_smem()
+        meet = (differ >= 1 << level) & (differ < 2 << level)
+        xa = jnp.where(meet, product(rounded, a_tile), 0.0)
+        x = x - product(xa.astype(x_tile.dtype), x_tile)
+    rounded = x.astype(x_tile.dtype)
+    x_tile[...] = rounded
+    plgpu.commit_smem()
+    x = rounded.astype(jnp.float32)
+    rest = eye - x - product(high, x_tile) - product(low, x_tile)
+    a_tile[...] = rest.astype(a_tile.dtype)
+    plgpu.commit_smem()
+    return x + product(rounded, a_tile)
+
+
+def _forward(sizes: Sizes, q, k, v, prepared, factors, states):
+    """o [B, T, H, V], the states at the start of all strides, and those leaving the segments."""
+    chunk = lambda place, n: place["segment"] * sizes.chunks_per_segment + n
+
+    def step(place, n, refs, state):
+        row_, head, values = place["row"], place["head"], block(place)
+
+        @pl.when(jax.lax.rem(n, sizes.chunks_per_stride) == 0)
+        def _():
+            stride = jax.lax.div(chunk(place, n), sizes.chunks_per_stride)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store_transposed(refs["start"], state)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs["start"], refs["starts"].at[stride, row_, head, :, values])
+
+        rounded = state.astype(q.dtype)
+        u = _pseudo_values(refs, rounded, load_transposed(refs["v"]).astype(jnp.float32))
+        o = _times(product(rounded, refs["q"].T), refs, QUERY_ENTER)
+        o = product(u.astype(q.dtype), refs["scores"].T, o)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store_transposed(refs["o_tile"], o.astype(q.dtype))
+        plgpu.commit_smem()
+        tokens = pl.ds(chunk(place, n) * sizes.chunk, sizes.chunk)
+        plgpu.copy_smem_to_gmem(refs["o_tile"], refs["o"].at[row_, tokens, head, values])
+        return _next_state(refs, u, state)
+
+    strides = sizes.tokens // sizes.stride
+    starts = (strides, sizes.batch, sizes.heads, sizes.key, sizes.value)
+    return hopper.through_tiles(
+        "delta_product_forward",
+        _segments(sizes, sizes.value),
+        sizes.chunks_per_segment,
+        {
+            "q": of_tokens(q, sizes.chunk, chunk, rows=sizes.chunk),
+            "k": of_tokens(k, sizes.micro, chunk),
+            "v": of_tokens(v, sizes.micro, chunk, block),
+            "inverse": of_chunk(prepared["inverse"], chunk),
+            "scores": of_chunk(prepared["scores"], chunk),
+            "rows": of_chunk(factors, chunk),
+        },
+        {"states": states},
+        {
+            "o": jax.ShapeDtypeStruct((sizes.batch, sizes.tokens, sizes.heads, sizes.value), q.dtype),
+            "starts": float32(*starts),
+            "final": _states(sizes, sizes.value),
+        },
+        {
+            "o_tile": tile(sizes.chunk, ROWS),
+            "start": vectors(sizes.key, ROWS),
+            **state_memory(sizes.key),
+        },
+        *(read_state, step, write_state),
+    )
+
+
+def _transitions(sizes: Sizes, k, v, inverse, factors, values: bool = True):
+    """What segments make of no state, [B, H, Z, V, K], and of the identity, [B, H, Z, K, K].
+
+    They are V + K rows of one transposed state; without ``values``, only the last K.
+    """
+    chunk = lambda place, n: place["segment"] * sizes.chunks_per_segment + n
+    blocks = sizes.value // ROWS
+    skipped = 0 if values else blocks
+    number = lambda place: place["block"] + skipped
+    some = lambda place: pl.ds(jax.lax.min(number(place), blocks - 1) * ROWS, ROWS)
+
+    def first(place, refs):
+        del refs
+        shape = (ROWS, sizes.key)
+        diagonal = index(shape, 0) + (number(place) - blocks) * ROWS
+        return jnp.where(index(shape, 1) == diagonal, 1.0, 0.0)
+
+    def step(place, n, refs, state):
+        del n
+        with_values = (number(place) < blocks).astype(jnp.float32)
+        v = load_transposed(refs["v"]).astype(jnp.float32) * with_values
+        return _next_state(refs, _pseudo_values(refs, state.astype(k.dtype), v), state)
+
+    rows = sizes.value + sizes.key - skipped * ROWS
+    final = hopper.through_tiles(
+        "delta_product_transitions",
+        _segments(sizes, rows),
+        sizes.chunks_per_segment,
+        {
+            "k": of_tokens(k, sizes.micro, chunk),
+            "v": of_tokens(v, sizes.micro, chunk, some),
+            "inverse": of_chunk(inverse, chunk),
+            "rows": of_chunk(factors, chunk),
+        },
+        {},
+        {"final": _states(sizes, rows)},
+        state_memory(sizes.key),
+        *(first, step, write_state),
+    )["final"]
+    return final[..., : -sizes.key, :], final[..., -sizes.key :, :]
+
+
+def _replay(sizes: Sizes, k, v, inverse, factors, starts):
+    """u [B, T * N, H, V], and the states entering the chunks, [B, H, X, V, K], rounded."""
+    chunk = lambda place, n: place["stride"] * sizes.chunks_per_stride + n
+
+    def first(place, refs):
+        at = place["stride"], place["row"], place["head"], slice(None), block(place)
+        plgpu.copy_gmem_to_smem(refs["starts"].at[at], refs["start"], refs["state_ready"])
+        plgpu.barrier_wait(refs["state_ready"])
+        return load_transposed(refs["start"])
+
+    def step(place, n, refs, state):
+        row_, head, values = place["row"], place["head"], block(place)
+        rounded = state.astype(k.dtype)
+        u = _pseudo_values(refs, rounded, load_transposed(refs["v"]).astype(jnp.float32))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        refs["state_tile"][...] = rounded
+        store_transposed(refs["u_tile"], u.astype(k.dtype))
+        plgpu.commit_smem()
+        to = refs["states"].at[row_, head, chunk(place, n), values]
+        plgpu.copy_smem_to_gmem(refs["state_tile"], to)
+        micro = pl.ds(chunk(place, n) * sizes.micro, sizes.micro)
+        written = refs["u_tile"].at[pl.ds(0, sizes.micro)]
+        plgpu.copy_smem_to_gmem(written, refs["u"].at[row_, micro, head, values])
+        return _next_state(refs, u, state)
+
+    grid = {"row": sizes.batch, "head": sizes.heads, "stride": starts.shape[0]}
+    return hopper.through_tiles(
+        "delta_product_replay",
+        {**grid, "block": sizes.value // ROWS},
+        sizes.chunks_per_stride,
+        {
+            "k": of_tokens(k, sizes.micro, chunk),
+            "v": of_tokens(v, sizes.micro, chunk, block),
+            "inverse": of_chunk(inverse, chunk),
+            "rows": of_chunk(factors, chunk),
+        },
+        {"starts": starts},
+        {
+            "u": jax.ShapeDtypeStruct(v.shape, v.dtype),
+            "states": _chunks(sizes, v, sizes.value, sizes.key),
+        },
+        {
+            "u_tile": tile(*SQUARE),
+            "state_tile": tile(ROWS, sizes.key),
+            "start": vectors(sizes.key, ROWS),
+            "state_ready": plgpu.Barrier(),
+        },
+        *(first, step, lambda place, refs, state: None),
+    )
+
+
+def _backward(sizes: Sizes, q, k, do, prepared, factors, dstates, keep: bool = True):
+    """The cotangents of the states entering the segments, [B, H, Z, V, K], and, if they are kept,
+    e [B, T * N, H, V] and the cotangents of the states leaving the chunks, [B, H, X, V, K]."""
+    last = sizes.chunks_per_segment - 1
+    chunk = lambda place, n: place["segment"] * sizes.chunks_per_segment + last - n
+
+    def step(place, n, refs, dstate):
+        row_, head, values = place["row"], place["head"], block(place)
+        rounded = dstate.astype(q.dtype)
+        du = _times(product(rounded, refs["k"].T), refs, LEAVE)
+        du = product(refs["do"].T, refs["scores"], du)
+        e = product(du.astype(q.dtype), refs["inverse"])
+        if keep:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            refs["dstate_tile"][...] = rounded
+            store_transposed(refs["e_tile"], e.astype(q.dtype))
+            plgpu.commit_smem()
+            to = refs["dstates"].at[row_, head, chunk(place, n), values]
+            plgpu.copy_smem_to_gmem(refs["dstate_tile"], to)
+            micro = pl.ds(chunk(place, n) * sizes.micro, sizes.micro)
+            written = refs["e_tile"].at[pl.ds(0, sizes.micro)]
+            plgpu.copy_smem_to_gmem(written, refs["e"].at[row_, micro, head, values])
+        read = _times(load_transposed(refs["do"]).astype(jnp.float32), refs, QUERY_ENTER)
+        held = _times(_times(e, refs, BETA), refs, ENTER) * -1.0
+        dstate = product(read.astype(q.dtype), refs["q"], dstate * refs["rows"][ACROSS, 0])
+        return product(held.astype(q.dtype), refs["k"], dstate)
+
+    outputs = {"final": _states(sizes, sizes.value)}
+    scratch = state_memory(sizes.key)
+    if keep:
+        outputs["e"] = jax.ShapeDtypeStruct((*k.shape[:3], sizes.value), k.dtype)
+        outputs["dstates"] = _chunks(sizes, k, sizes.value, sizes.key)
+        scratch |= {"e_tile": tile(*SQUARE), "dstate_tile": tile(ROWS, sizes.key)}
+    return hopper.through_tiles(
+        "delta_product_backward",
+        _segments(sizes, sizes.value),
+        sizes.chunks_per_segment,
+        {
+            "q": of_tokens(q, sizes.chunk, chunk),
+            "k": of_tokens(k, sizes.micro, chunk),
+            "do": of_tokens(do, sizes.chunk, chunk, block),
+            "inverse": of_chunk(prepared["inverse"], chunk),
+            "scores": of_chunk(prepared["scores"], chunk, rows=ROWS),
+            "rows": of_chunk(factors, chunk),
+        },
+        *({"states": dstates}, outputs, scratch),
+        *(read_state, step, write_state),
+    )
+
+
+def _gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
+    """dq and dk, and sums per chunk and 64 keys, [B, H, X, K / 64, 64]:
+
+    dbeta, of which <e, v> is missing; dread = <q, dq>; dend, what the decay of the state that
+    leaves the chunk would get.
+    """
+    chunk = lambda place, n: place["chunk"]
+
+    def compute(place, refs):
+        state, dstate, rows, columns = (refs[x] for x in ("state", "dstate", "rows", "columns"))
+        factor = lambda i: column(columns.at[i])
+        times = lambda x, vector: x * by_column(vector, SQUARE)
+        once = (place["block"] == 0).astype(jnp.float32)  # what does not depend on the keys
+        keys = load(refs["k"]).astype(jnp.float32)
+
+        read = product(refs["e"], state)
+        held = product(refs["e"], refs["u"].T)
+        dbeta = jnp.sum(keys * read, axis=1) * factor(ENTER)
+        dbeta += jnp.sum(load(refs["m"]).astype(jnp.float32) * held, axis=1) * once
+        refs["dbeta_sums"][...] = dbeta * -1.0
+        dm = (times(held, factor(BETA)) * _decay(sizes, refs) * -1.0).astype(k.dtype)
+        dscores = product(refs["do"], refs["u"].T) * _decay(sizes, refs, queries=True)
+        dscores = (dscores * sizes.scale).astype(k.dtype)
+        dq = times(product(refs["do"], state), factor(QUERY_ENTER))
+        dk = times(product(refs["u"], dstate), factor(LEAVE))
+        dend = jnp.sum(keys * dk, axis=1)
+        for i in range(0, sizes.value, ROWS):
+            some = pl.ds(i, ROWS)
+            both = load(state.at[some]).astype(jnp.float32) * load(dstate.at[some])
+            dend += jnp.sum(both, axis=1) * rows[ACROSS, 0]
+        refs["dend_sums"][...] = dend
+        dk = dk - times(times(read, factor(ENTER)), factor(BETA))
+
+        dm_tile, dscores_tile = (x.at[pl.ds(0, ROWS)] for x in (state, dstate))  # done with these
+        dm_tile[...], dscores_tile[...] = dm, dscores
+        plgpu.commit_smem()
+        tokens, micro = pl.ds(0, sizes.chunk), pl.ds(0, sizes.micro)
+        dq = product(dscores, refs["k"], dq)
+        dk = product(dm, refs["k"], dk)
+        dk = product(dm_tile.T, refs["k"], dk)
+        dk = product(dscores_tile.T, refs["q"], dk)
+        refs["dread_sums"][...] = jnp.sum(load(refs["q"]).astype(jnp.float32) * dq, axis=1)
+        refs["q"][...], refs["k"][...] = dq.astype(q.dtype), dk.astype(k.dtype)
+        plgpu.commit_smem()
+        row_, head, x, keys = (place[axis] for axis in ("row", "head", "chunk", "block"))
+        at = row_, pl.ds(x * sizes.chunk, sizes.chunk), head, block(place)
+        plgpu.copy_smem_to_gmem(refs["q"].at[tokens], refs["dq"].at[at])
+        at = row_, pl.ds(x * sizes.micro, sizes.micro), head, block(place)
+        plgpu.copy_smem_to_gmem(refs["k"].at[micro], refs["dk"].at[at])
+        for name in sums:
+            plgpu.copy_smem_to_gmem(refs[f"{name}_sums"], refs[name].at[row_, head, x, keys])
+
+    blocks = sizes.key // ROWS
+    sums = ("dbeta", "dread", "dend")
+    sums_shape = float32(sizes.batch, sizes.heads, sizes.chunks, blocks, ROWS)
+    whole = lambda place, n: (place["row"], place["head"], place["chunk"], slice(None), block(place))
+    return hopper.one_tile(
+        "delta_product_gradients",
+        {"row": sizes.batch, "head": sizes.heads, "chunk": sizes.chunks, "block": blocks},
+        {
+            "q": of_tokens(q, sizes.chunk, chunk, block),
+            "k": of_tokens(k, sizes.micro, chunk, block),
+            "do": of_tokens(do, sizes.chunk, chunk),
+            "u": of_tokens(u, sizes.micro, chunk),
+            "e": of_tokens(e, sizes.micro, chunk),
+            "m": of_chunk(m, chunk),
+            "state": Read(states, tile, (sizes.value, ROWS), whole),
+            "dstate": Read(dstates, tile, (sizes.value, ROWS), whole),
+            "rows": of_chunk(factors, chunk),
+            "columns": of_chunk(factors, chunk),
+        },
+        {
+            "dq": jax.ShapeDtypeStruct(q.shape, q.dtype),
+            "dk": jax.ShapeDtypeStruct(k.shape, k.dtype),
+            **dict.fromkeys(sums, sums_shape),
+        },
+        {f"{name}_sums": vectors(ROWS) for name in sums},
+        compute,
+    )
+
+
+# Parts of kernels.
+
+
+def _pseudo_values(refs, rounded, v):
+    """u = T (beta (v - e^G k H)), transposed: [64 values, 64 micro-steps]."""
+    error = v - _times(product(rounded, refs["k"].T), refs, ENTER)
+    return product(_times(error, refs, BETA).astype(rounded.dtype), refs["inverse"].T)
+
+
+def _next_state(refs, u, state):
+    left = _times(u, refs, LEAVE).astype(refs["k"].dtype)
+    return product(left, refs["k"], state * refs["rows"][ACROSS, 0])
+
+
+def _times(x, refs, factor: int):
+    """Micro-steps or tokens (columns) times their factors."""
+    return x * by_row(row(refs["rows"].at[factor, pl.ds(0, x.shape[1])]), x.shape)
+
+
+def _chunks(sizes: Sizes, like, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((sizes.batch, sizes.heads, sizes.chunks, *shape), like.dtype)
+
+
+def _states(sizes: Sizes, rows: int) -> jax.ShapeDtypeStruct:
+    """The transposed states of the segments."""
+    return float32(sizes.batch, sizes.heads, sizes.segments, rows, sizes.key)
+
+
+def _segments(sizes: Sizes, rows: int) -> dict[str, int]:
+    """The axes of a kernel whose programs go through a segment with 64 rows of its state."""
+    grid = {"row": sizes.batch, "head": sizes.heads, "segment": sizes.segments}
+    return {**grid, "block": rows // ROWS}
