@@ -1,5 +1,7 @@
 """What the chunked scans share: how rows of tokens are cut, and where states are cleared."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,8 +16,8 @@ def resets_so_far(reset_BT: jax.Array | None) -> jax.Array | None:
     return None if reset_BT is None else jnp.cumsum(reset_BT.astype(jnp.int32), axis=1)
 
 
-def whole_strides(x: jax.Array | None, stride: int, **options) -> jax.Array | None:
-    """Pads axis 1 to a multiple of the stride, with zeros or as ``jnp.pad`` is told."""
+def whole_strides(x: Any, stride: int, **options) -> Any:
+    """Pads axis 1 to a multiple of the stride, with zeros or as ``jnp.pad`` is told; or None."""
     if x is None:
         return None
     padding = [(0, 0)] * x.ndim

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .. import dispatch
 from ..backends import Backend, implementation as implementation_of
 from ..dtypes import accumulation_dtype
-from . import attention, pallas_tpu, reference, xla
+from . import attention, pallas_gpu, pallas_tpu, reference, xla
 from .contract import CONTRACT
 
 BACKENDS = {
@@ -16,11 +16,17 @@ BACKENDS = {
     "pallas_tpu": Backend(
         *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
     ),
+    "pallas_gpu": Backend(
+        *(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.supports), divisible=False
+    ),
 }
 
 IMPLEMENTATIONS = {
     "pallas_tpu": implementation_of(
         CONTRACT, BACKENDS["pallas_tpu"], platforms=("tpu",), measured=True
+    ),
+    "pallas_gpu": implementation_of(
+        CONTRACT, BACKENDS["pallas_gpu"], platforms=("gpu",), measured=True
     ),
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
@@ -59,7 +65,7 @@ def additive_scan(
         value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
       mask: [B, T] bool, True = a token. Where False the state stays and o is 0; v must be finite.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", "pallas_tpu", or None for the fastest one here.
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu", or None for the fastest here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

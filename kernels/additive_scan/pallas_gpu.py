@@ -14,12 +14,11 @@ chunks need no matrices; XLA finds them beforehand, and R of the backward afterw
 tokens, E and what the keys receive through it, are products with a matrix of ones, exact but for
 the float32 that is multiplied as the sum of two bfloat16.
 
-As in the form for CPU, a call whose keys rise so much within a chunk that the first of them are lost
-is computed once more by ``xla.py``, and so is one with states that wait for their first key.
+As in the form for CPU, a call whose keys rise so much within a chunk that the first of them are
+lost is computed once more by ``xla.py``, and so is one with states that wait for their first key.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +56,21 @@ from ..hopper_scans import (
 )
 from ..rows import whole_strides
 from . import xla
+from .gpu_layout import (
+    ACROSS,
+    END,
+    ENDING,
+    ENTERED,
+    LOG2_E,
+    OLD,
+    REFERENCE,
+    RUN,
+    linear_scan,
+    normalisers,
+    tokens_of,
+    whole,
+)
 from .quotients import SMALLEST
-
-LOG2_E = math.log2(math.e)
-# Factors of a chunk's channels: r, exp(z_b - r), exp(r - z_e) and exp(z_b - z_e).
-REFERENCE, OLD, END, ACROSS = range(4)
-# And of its tokens: the run, and whether it is the one that enters or leaves the chunk.
-RUN, ENTERED, ENDING = range(3)
 
 
 def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
@@ -87,9 +94,9 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     arguments = (q, k, v, f, state, run)
     again = functools.partial(xla.forward, scale=scale, chunk=chunk, stride=stride)
     length = q.shape[1]
-    q, k, v, f, run = _whole(q, k, v, f, run, stride)
-    z, channels = _normalisers(k, state[1], run, stride)
-    tokens = _tokens_of(run, q, stride)
+    q, k, v, f, run = whole(q, k, v, f, run, stride)
+    z, channels = normalisers(k, state[1], run, stride)
+    tokens = tokens_of(run, q, stride)
     prepared = _prepare(q, k, f, channels, tokens, scale, stride)
     through = functools.partial(_forward, v, prepared, channels, stride=stride)
     states = _entering(through, channels, jnp.swapaxes(state[0], -1, -2), v.shape[-1])
@@ -105,10 +112,10 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     arguments = (q, k, v, f, run, starts, final, do, dfinal)
     again = functools.partial(xla.backward, scale=scale, chunk=chunk, stride=stride)
     length, do = q.shape[1], whole_strides(do.astype(q.dtype), stride)
-    q, k, v, f, run = _whole(q, k, v, f, run, stride)
+    q, k, v, f, run = whole(q, k, v, f, run, stride)
     first = tuple(x[0] for x in starts)
-    z, channels = _normalisers(k, first[1], run, stride)
-    tokens = _tokens_of(run, q, stride)
+    z, channels = normalisers(k, first[1], run, stride)
+    tokens = tokens_of(run, q, stride)
     prepared = _prepare(q, k, f, channels, tokens, scale, stride)
     ds_final, dz_final = dfinal
     through = functools.partial(_backward, v, do, prepared, channels, stride=stride)
@@ -121,7 +128,7 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     # R: what a chunk's end gets through z, and the keys from it.
     r_last = jnp.sum(ds_final * final[0], axis=-1) - dz_final
     entered = jnp.sum(new["entered"], axis=-2).reshape(*channels.shape[:3], -1)
-    r = _linear_scan(channels[..., ACROSS, :], entered, r_last)
+    r = linear_scan(channels[..., ACROSS, :], entered, r_last)
     by_token = lambda x: jnp.moveaxis(x, 1, 2)[:, :, None]  # [B, H, X, K] -> [B, X, 1, H, K]
     chunks = lambda x: x.reshape(x.shape[0], -1, stride, *x.shape[2:])
     z_end = by_token(z[:, :, 1:])
@@ -136,55 +143,9 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     return jax.lax.cond(_sound(prepared, first), lambda: results, lambda: again(*arguments))
 
 
-def _whole(q, k, v, f, run, stride: int):
-    """Whole strides; a key of -inf is a token that is not there."""
-    q, v, f = (whole_strides(x, stride) for x in (q, v, f))
-    k = whole_strides(k, stride, constant_values=-jnp.inf)
-    return q, k, v, f, whole_strides(run, stride, mode="edge")
-
-
 def _sound(prepared, state) -> jax.Array:
     waits = jnp.any((state[1] == -jnp.inf) & jnp.any(state[0] != 0, axis=-1))
     return (jnp.max(prepared["lost"]) == 0) & ~waits
-
-
-def _runs(run, q, stride: int):
-    """[B, X, stride] int32: 0 is the run that enters the chunk."""
-    if run is None:
-        run = jnp.zeros(q.shape[:2], jnp.int32)
-    before = jnp.pad(run[:, :-1], ((0, 0), (1, 0)))
-    run, before = (x.reshape(x.shape[0], -1, stride) for x in (run, before))
-    return run - before[..., :1]
-
-
-def _tokens_of(run, q, stride: int) -> jax.Array:
-    """Factors of tokens: [B, X, 3, 64] float32."""
-    run = _runs(run, q, stride)
-    rows = jnp.stack([run, run == 0, run == run[..., -1:]], axis=2).astype(jnp.float32)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - stride)))
-
-
-def _normalisers(k, z, run, stride: int) -> tuple[jax.Array, jax.Array]:
-    """z before all chunks and after the last, [B, H, X + 1, K], and factors [B, H, X, 4, K]."""
-    run = _runs(run, k, stride)[..., None, None]
-    k = k.astype(jnp.float32).reshape(k.shape[0], -1, stride, *k.shape[2:])
-    ending = run == run[:, :, -1:]
-    local = jax.scipy.special.logsumexp(jnp.where(ending, k, -jnp.inf), axis=2)
-    kept = jnp.broadcast_to(run[:, :, -1] == 0, local.shape)
-
-    def join(left, right):
-        (kept, z), (kept_here, here) = left, right
-        return kept & kept_here, jnp.logaddexp(jnp.where(kept_here, z, -jnp.inf), here)
-
-    start = lambda x, value: jnp.concatenate([value[:, None], x], axis=1)
-    elements = (start(kept, jnp.zeros_like(z, dtype=bool)), start(local, z))
-    z = jnp.moveaxis(jax.lax.associative_scan(join, elements, axis=1)[1], 1, 2)
-    before, after = z[:, :, :-1], z[:, :, 1:]
-    top = jnp.maximum(jnp.moveaxis(jnp.max(k, axis=2), 1, 2), before)
-    r = jnp.where(top == -jnp.inf, 0, top)
-    exp = lambda x: jnp.where(after > -jnp.inf, jnp.exp(x), 0)
-    across = jnp.where(jnp.moveaxis(kept, 1, 2), exp(before - after), 0)
-    return z, jnp.stack([r, jnp.exp(before - r), exp(r - after), across], axis=-2)
 
 
 def _entering(through, channels, first, value: int, reverse: bool = False) -> jax.Array:
@@ -198,18 +159,6 @@ def _entering(through, channels, first, value: int, reverse: bool = False) -> ja
     across = channels[..., ACROSS, :].reshape(batch, heads, segments, -1, key)
     decay = lambda state, factor: state * factor[..., None, :]
     return enter_segments(decay, first, jnp.prod(across, axis=3), added, reverse)
-
-
-def _linear_scan(across, added, last) -> jax.Array:
-    """r_x = across_x r_{x+1} + added_x from the last one: [B, H, X + 1, K]."""
-
-    def join(later, earlier):
-        (factor, r), (factor_here, here) = later, earlier
-        return factor * factor_here, factor_here * r + here
-
-    end = lambda x, value: jnp.concatenate([x, value[:, :, None]], axis=2)
-    elements = (end(across, jnp.zeros_like(last)), end(added, last))
-    return jax.lax.associative_scan(join, elements, axis=2, reverse=True)[1]
 
 
 # Kernels.
@@ -390,28 +339,27 @@ def _gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, 
         part = lambda name: load(refs[name]).astype(jnp.float32)
         factor = lambda i: row(refs["channels"].at[i, block(place)])
         e, old, _, inverse = _weights(refs, part("k"), factor, stride)
-        seen = _within(refs)
-        f_ = None if f is None else part("f")
-        keys, queries = (e if f_ is None else e * f_), part("q") * scale
+        enter = old * inverse
         refs["state_tile"][...] = load(refs["state"]).astype(q.dtype)
-        p = jnp.where(seen, product(refs["do"], refs["v"].T), 0.0).astype(q.dtype)
-        refs["p"][...], refs["high"][...] = p, keys.astype(q.dtype)
-        refs["low"][...] = (queries * inverse).astype(q.dtype)
+        p = jnp.where(_within(refs), product(refs["do"], refs["v"].T), 0.0)
+        refs["p"][...] = p.astype(q.dtype)
+        refs["high"][...] = (e if f is None else e * part("f")).astype(q.dtype)
+        refs["low"][...] = (part("q") * scale * inverse).astype(q.dtype)
         plgpu.commit_smem()
-        ending = by_column(column(refs["columns"].at[ENDING]), SQUARE)
-        leave = e * ending * by_row(factor(END), SQUARE)
-        dq = old * inverse * product(refs["do"], refs["state_tile"].T)
-        dq += inverse * product(p, refs["high"])
-        df = leave * product(refs["v"], refs["dstate"])
-        df += e * product(refs["p"].T, refs["low"])
-        x = queries * dq
-        refs["entered_sums"].at[0][...] = jnp.sum(old * inverse * x, axis=0)
-        dk = df if f_ is None else df * f_
-        dk = dk - e * _sum_of_tokens(_within(refs, later=True), inverse * x, refs)
-        refs["dk_tile"][...] = dk
+        dq = enter * product(refs["do"], refs["state_tile"].T)
+        dq += inverse * product(refs["p"], refs["high"])
+        x = part("q") * scale * dq
         refs["q"][...] = (dq * scale).astype(q.dtype)
+        refs["entered_sums"].at[0][...] = jnp.sum(enter * x, axis=0)
+        x = inverse * x
+        left = by_column(column(refs["columns"].at[ENDING]), SQUARE) * by_row(factor(END), SQUARE)
+        dk = e * product(refs["p"].T, refs["low"])
+        dk += e * left * product(refs["v"], refs["dstate"])
         if f is not None:
+            df, dk = dk, dk * part("f")
             refs["f"][...] = df.astype(q.dtype)
+        dk = dk - e * _sum_of_tokens(_within(refs, later=True), x, refs)
+        refs["dk_tile"][...] = dk
         plgpu.commit_smem()
         row_, head, x, channels_ = (place[axis] for axis in ("row", "head", "chunk", "block"))
         at = row_, pl.ds(x * stride, stride), head, block(place)
@@ -432,7 +380,8 @@ def _gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, 
     grid = {**_grid(channels, "chunk"), "block": q.shape[-1] // ROWS}
     outputs["entered"] = jax.ShapeDtypeStruct((*grid.values(), 1, ROWS), jnp.float32)
     start = lambda place, n: (place["chunk"], place["row"], place["head"], block(place))
-    after = lambda place, n: (*(place[x] for x in ("row", "head", "chunk")), slice(None), block(place))
+    at = lambda place: (place["row"], place["head"], place["chunk"])
+    after = lambda place, n: (*at(place), slice(None), block(place))
     return hopper.one_tile(
         "additive_scan_gradients",
         grid,

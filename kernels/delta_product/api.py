@@ -8,7 +8,7 @@ import numpy as np
 from .. import dispatch
 from ..backends import Backend, implementation as implementation_of
 from ..dtypes import accumulation_dtype
-from . import pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 from .contract import CONTRACT
 
 BACKENDS = {
@@ -16,11 +16,17 @@ BACKENDS = {
     "pallas_tpu": Backend(
         *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
     ),
+    "pallas_gpu": Backend(
+        *(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.supports), divisible=False
+    ),
 }
 
 IMPLEMENTATIONS = {
     "pallas_tpu": implementation_of(
         CONTRACT, BACKENDS["pallas_tpu"], platforms=("tpu",), measured=True
+    ),
+    "pallas_gpu": implementation_of(
+        CONTRACT, BACKENDS["pallas_gpu"], platforms=("gpu",), measured=True
     ),
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.delta_product_reference),
@@ -56,7 +62,7 @@ def delta_product(
       scale: factor on o; K**-0.5 if None.
       initial_state: [B, H, K, V]; zeros if None. It belongs to the first token's segment.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", "pallas_tpu", or None for the fastest one here.
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu", or None for the fastest here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

@@ -7,6 +7,7 @@ micro-steps, of which a matrix has room for 64; Z segments of a row that run sid
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from .. import hopper
@@ -95,10 +96,10 @@ def factors_of(sizes: Sizes, beta, g, run):
     steps = lambda x: jnp.repeat(x, sizes.steps, axis=-1)
     beta = per_chunk(sizes, pad(beta))
     rows = [steps(log), steps(relative), beta, steps(enter), steps(leave)]
-    rows += [log, relative, sizes.scale * enter, jnp.broadcast_to(across, shape[:-1] + (1,))]
+    rows += [log, relative, sizes.scale * enter]
     width = lambda x: ((0, 0),) * 3 + ((0, hopper.ROWS - x.shape[-1]),)
-    rows[-1] = jnp.broadcast_to(rows[-1], (*shape[:-1], hopper.ROWS))
-    return jnp.stack([jnp.pad(x, width(x)) for x in rows], axis=-2)
+    rows = [jnp.pad(x, width(x)) for x in rows]
+    return jnp.stack([*rows, jnp.broadcast_to(across, rows[0].shape)], axis=-2)
 
 
 def per_chunk(sizes: Sizes, x):
@@ -110,3 +111,8 @@ def per_chunk(sizes: Sizes, x):
 def per_token(sizes: Sizes, x, steps: int):
     """The inverse: [B, H, X, C * steps] -> [B, T, steps, H]."""
     return x.transpose(0, 2, 3, 1).reshape(sizes.batch, -1, steps, sizes.heads)
+
+
+def chunks_like(sizes: Sizes, like, *shape: int) -> jax.ShapeDtypeStruct:
+    """[B, H, X, ...] in the dtype of an array."""
+    return jax.ShapeDtypeStruct((sizes.batch, sizes.heads, sizes.chunks, *shape), like.dtype)
