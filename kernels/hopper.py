@@ -26,8 +26,10 @@ except ImportError as error:  # a jaxlib without the compiler
     WHOLE = {}
 else:
     MISSING = None
-    # JAX 0.10 wants to be told that all of an array is loaded; 0.12 does not.
-    WHOLE = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+    # JAX 0.10 must be told that all of an array is loaded; later versions need not or may not.
+    index_of_load = inspect.signature(plgpu.load).parameters.get("idx")
+    needed = index_of_load is not None and index_of_load.default is inspect.Parameter.empty
+    WHOLE = {"idx": ()} if needed else {}
 
 ROWS = 64  # of a matrix of one warpgroup
 SHARED_BYTES = 232_448  # shared memory that a program may have
@@ -243,6 +245,7 @@ def through_tiles(
         def one_step(n, carried):
             plgpu.barrier_wait(ready.at[jax.lax.rem(n, slots)])
             carried = step(place, n, {**slot_of(n), **others}, carried)
+            plgpu.commit_smem()  # what was read comes before what is copied there next
             plgpu.barrier_arrive(free.at[jax.lax.rem(n, slots)])
             return carried
 

@@ -21,13 +21,15 @@ def segments_of(rows: int, value: int, more: int, strides: int, processors: int)
 
     Every row and 64 of its values are a program that goes through the row's strides one after the
     other. Divided, there are more and shorter ones; but first there must be known what segments
-    make of the state, which takes as many programs again, and some for ``more`` rows of a state.
+    make of the state, which takes as many programs again, and some for ``more`` rows of a state;
+    and to pass the state on from segment to segment takes about as long as two strides each.
     """
 
     def time(segments: int) -> int:
         passes = lambda width: -(-rows * segments * width // ROWS // processors)
-        first = passes(value + more) if segments > 1 else 0
-        return strides // segments * (passes(value) + first)
+        if segments == 1:
+            return strides * passes(value)
+        return strides // segments * (passes(value) + passes(value + more)) + 2 * segments
 
     return min((z for z in range(1, strides + 1) if strides % z == 0), key=time)
 
@@ -68,12 +70,12 @@ def of_tokens(array, count: int, chunk: Callable, columns=None, rows: int = ROWS
     return Read(array, tile, (rows, ROWS if columns else array.shape[-1]), index, count)
 
 
-def of_chunk(array, chunk: Callable, rows: int | None = None) -> Read:
-    """What [B, H, X, ., .] holds of a chunk, then rows of 0."""
+def of_chunk(array, chunk: Callable, first: int | None = None, rows: int | None = None) -> Read:
+    """What [B, H, X, ., .] holds of a chunk: all or the first rows, then rows of 0."""
     memory = vectors if array.dtype == jnp.float32 else tile
-    index = lambda place, n: (place["row"], place["head"], chunk(place, n))
-    filled, width = array.shape[3:]
-    return Read(array, memory, (rows or filled, width), index, filled)
+    count, width = first or array.shape[3], array.shape[4]
+    index = lambda place, n: (place["row"], place["head"], chunk(place, n), pl.ds(0, count))
+    return Read(array, memory, (rows or count, width), index, count)
 
 
 def block(place):

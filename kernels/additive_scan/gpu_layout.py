@@ -37,8 +37,8 @@ def _runs(run, q, stride: int):
 def tokens_of(run, q, stride: int) -> jax.Array:
     """Factors of tokens: [B, X, 3, 64] float32."""
     run = _runs(run, q, stride)
-    rows = jnp.stack([run, run == 0, run == run[..., -1:]], axis=2).astype(jnp.float32)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - stride)))
+    rows = [x.astype(jnp.float32) for x in (run, run == 0, run == run[..., -1:])]
+    return jnp.pad(jnp.stack(rows, axis=2), ((0, 0), (0, 0), (0, 0), (0, ROWS - stride)))
 
 
 def normalisers(k, z, run, stride: int) -> tuple[jax.Array, jax.Array]:

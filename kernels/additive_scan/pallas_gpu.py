@@ -133,7 +133,8 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     chunks = lambda x: x.reshape(x.shape[0], -1, stride, *x.shape[2:])
     z_end = by_token(z[:, :, 1:])
     ending = tokens[:, :, ENDING, :stride, None, None]
-    leave = jnp.where((ending > 0) & (z_end > -jnp.inf), jnp.exp(chunks(k) - z_end), 0)
+    leave = jnp.exp(chunks(k).astype(jnp.float32) - z_end)
+    leave = jnp.where((ending > 0) & (z_end > -jnp.inf), leave, 0)
     dk = chunks(new["dk"]) - leave * by_token(r[:, :, 1:])
     gradients = (new["dq"], dk.reshape(k.shape).astype(k.dtype), passed["dv"], new.get("df"))
     ds = jnp.swapaxes(passed["final"][:, :, 0], -1, -2)

@@ -3,6 +3,8 @@
 Symbols as in ``chunk.py``; see ``pallas_gpu.py``.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,6 @@ from ..hopper import (
     product,
     row,
     tile,
-    vectors,
 )
 from ..hopper_scans import (
     SQUARE,
@@ -76,7 +77,7 @@ def prepare(sizes: Sizes, q, k, factors, keep_m: bool = False):
         {
             "q": of_tokens(q, sizes.chunk, chunk),
             "k": of_tokens(k, sizes.micro, chunk),
-            "rows": of_chunk(factors, chunk),
+            "rows": of_chunk(factors, chunk, first=RUN + 1),
             "columns": of_chunk(factors, chunk),
         },
         *(outputs, scratch, compute),
@@ -128,10 +129,10 @@ def _inverse(a, x_tile, a_tile):
 
 
 def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
-    """dq and dk, and sums per chunk and 64 keys, [B, H, X, K / 64, 64]:
+    """dq and dk, and sums per chunk and 64 keys, [B, H, X, K / 64, 3, 64]:
 
-    dbeta, of which <e, v> is missing; dread = <q, dq>; dend, what the decay of the state that
-    leaves the chunk would get.
+    dbeta, of which <e, v> is missing; <q, dq>; and parts of what the decay of the state that leaves
+    the chunk would get.
     """
     chunk = lambda place, n: place["chunk"]
 
@@ -146,7 +147,6 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
         held = product(refs["e"], refs["u"].T)
         dbeta = jnp.sum(keys * read, axis=1) * factor(ENTER)
         dbeta += jnp.sum(load(refs["m"]).astype(jnp.float32) * held, axis=1) * once
-        refs["dbeta_sums"][...] = dbeta * -1.0
         dm = (times(held, factor(BETA)) * _decay(sizes, refs) * -1.0).astype(k.dtype)
         dscores = product(refs["do"], refs["u"].T) * _decay(sizes, refs, queries=True)
         dscores = (dscores * sizes.scale).astype(k.dtype)
@@ -155,9 +155,8 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
         dend = jnp.sum(keys * dk, axis=1)
         for i in range(0, sizes.value, ROWS):
             some = pl.ds(i, ROWS)
-            both = load(state.at[some]).astype(jnp.float32) * load(dstate.at[some])
-            dend += jnp.sum(both, axis=1) * rows[ACROSS, 0]
-        refs["dend_sums"][...] = dend
+            both = (load(x.at[some]).astype(jnp.float32) for x in (state, dstate))
+            dend += jnp.sum(math.prod(both), axis=1) * rows[ACROSS, 0]
         dk = dk - times(times(read, factor(ENTER)), factor(BETA))
 
         dm_tile, dscores_tile = (x.at[pl.ds(0, ROWS)] for x in (state, dstate))  # done with these
@@ -168,7 +167,9 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
         dk = product(dm, refs["k"], dk)
         dk = product(dm_tile.T, refs["k"], dk)
         dk = product(dscores_tile.T, refs["q"], dk)
-        refs["dread_sums"][...] = jnp.sum(load(refs["q"]).astype(jnp.float32) * dq, axis=1)
+        dread = jnp.sum(load(refs["q"]).astype(jnp.float32) * dq, axis=1)
+        for i, x in enumerate((dbeta * -1.0, dread, dend)):
+            columns.at[i][...] = x
         refs["q"][...], refs["k"][...] = dq.astype(q.dtype), dk.astype(k.dtype)
         plgpu.commit_smem()
         row_, head, x, keys = (place[axis] for axis in ("row", "head", "chunk", "block"))
@@ -176,12 +177,9 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
         plgpu.copy_smem_to_gmem(refs["q"].at[tokens], refs["dq"].at[at])
         at = row_, pl.ds(x * sizes.micro, sizes.micro), head, block(place)
         plgpu.copy_smem_to_gmem(refs["k"].at[micro], refs["dk"].at[at])
-        for name in sums:
-            plgpu.copy_smem_to_gmem(refs[f"{name}_sums"], refs[name].at[row_, head, x, keys])
+        plgpu.copy_smem_to_gmem(columns.at[pl.ds(0, 3)], refs["sums"].at[row_, head, x, keys])
 
     blocks = sizes.key // ROWS
-    sums = ("dbeta", "dread", "dend")
-    sums_shape = float32(sizes.batch, sizes.heads, sizes.chunks, blocks, ROWS)
     at = lambda place: (place["row"], place["head"], place["chunk"])
     whole = lambda place, n: (*at(place), slice(None), block(place))
     return hopper.one_tile(
@@ -196,14 +194,14 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
             "m": of_chunk(m, chunk),
             "state": Read(states, tile, (sizes.value, ROWS), whole),
             "dstate": Read(dstates, tile, (sizes.value, ROWS), whole),
-            "rows": of_chunk(factors, chunk),
+            "rows": of_chunk(factors, chunk, first=RUN + 1),
             "columns": of_chunk(factors, chunk),
         },
         {
             "dq": jax.ShapeDtypeStruct(q.shape, q.dtype),
             "dk": jax.ShapeDtypeStruct(k.shape, k.dtype),
-            **dict.fromkeys(sums, sums_shape),
+            "sums": float32(sizes.batch, sizes.heads, sizes.chunks, blocks, 3, ROWS),
         },
-        {f"{name}_sums": vectors(ROWS) for name in sums},
+        {},
         compute,
     )

@@ -14,10 +14,9 @@ from .. import hopper
 from ..hopper_scans import segments_of
 from ..rows import whole_strides
 
-# Rows of the factors of a chunk. The first five have an entry per micro-step, the next three one
-# per token, the last one is the same everywhere.
-LOG, RUN, BETA, ENTER, LEAVE, QUERY_LOG, QUERY_RUN, QUERY_ENTER, ACROSS = range(9)
-FACTORS = 9
+# Rows of the factors of a chunk. The first one is the same everywhere, the next five have an entry
+# per micro-step, the last three one per token.
+ACROSS, LOG, RUN, BETA, ENTER, LEAVE, QUERY_LOG, QUERY_RUN, QUERY_ENTER = range(9)
 LOG2_E = math.log2(math.e)
 
 
@@ -76,7 +75,7 @@ def micro_steps(sizes: Sizes, x):
 
 
 def factors_of(sizes: Sizes, beta, g, run):
-    """[B, H, X, FACTORS, 64] float32: logarithms (base 2) of decay, runs, beta and factors."""
+    """[B, H, X, 9, 64] float32: logarithms (base 2) of decay, runs, beta and factors."""
     pad = lambda x, **options: whole_strides(x, sizes.stride, **options)
     shape = (sizes.batch, sizes.heads, sizes.chunks, sizes.chunk)
     log = jnp.zeros(shape, jnp.float32)
@@ -99,7 +98,7 @@ def factors_of(sizes: Sizes, beta, g, run):
     rows += [log, relative, sizes.scale * enter]
     width = lambda x: ((0, 0),) * 3 + ((0, hopper.ROWS - x.shape[-1]),)
     rows = [jnp.pad(x, width(x)) for x in rows]
-    return jnp.stack([*rows, jnp.broadcast_to(across, rows[0].shape)], axis=-2)
+    return jnp.stack([jnp.broadcast_to(across, rows[0].shape), *rows], axis=-2)
 
 
 def per_chunk(sizes: Sizes, x):

@@ -124,12 +124,14 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     # What is left is small or elementwise.
     pad = ((0, 0), (0, sizes.tokens - length), (0, 0), (0, 0))
     steps = jnp.pad(beta.astype(jnp.float32), pad)
-    dbeta = jnp.sum(e.astype(jnp.float32) * v.reshape(e.shape).astype(jnp.float32), axis=-1)
+    e = e.astype(jnp.float32)
+    dbeta = jnp.sum(e * v.reshape(e.shape).astype(jnp.float32), axis=-1)
     dvalue = per_chunk(sizes, steps * dbeta)
-    dbeta += per_token(sizes, jnp.sum(new["dbeta"], axis=3)[..., : sizes.micro], sizes.steps)
-    dsum = jnp.sum(new["dread"], axis=3)[..., : sizes.chunk]
-    dsum -= jnp.sum(dvalue.reshape(*dsum.shape, sizes.steps), axis=-1)
-    dlog = jax.lax.cumsum(dsum, axis=3, reverse=True) + jnp.sum(new["dend"], axis=(3, 4))[..., None]
+    rest, dread, dend = jnp.moveaxis(jnp.sum(new["sums"], axis=3), 3, 0)
+    dbeta += per_token(sizes, rest[..., : sizes.micro], sizes.steps)
+    dsum = dread[..., : sizes.chunk]
+    dsum = dsum - jnp.sum(dvalue.reshape(*dsum.shape, sizes.steps), axis=-1)
+    dlog = jax.lax.cumsum(dsum, axis=3, reverse=True) + jnp.sum(dend, axis=3, keepdims=True)
     darrays = (
         new["dq"],
         new["dk"].reshape(sizes.batch, sizes.tokens, sizes.steps, sizes.heads, sizes.key),
