@@ -5,6 +5,7 @@ after the other), and "block", 64 of the values or keys. A state is kept transpo
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def of_tokens(array, count: int, chunk: Callable, columns=None, rows: int = ROWS
     some = columns or (lambda place: slice(None))
     at = lambda place, n: hopper.pl.ds(chunk(place, n) * count, count)
     index = lambda place, n: (place["row"], at(place, n), place["head"], some(place))
-    return Read(array, tile, (rows, ROWS if columns else array.shape[-1]), index, count)
+    memory = functools.partial(tile, dtype=array.dtype)
+    return Read(array, memory, (rows, ROWS if columns else array.shape[-1]), index, count)
 
 
 def of_chunk(array, chunk: Callable, first: int | None = None, rows: int | None = None) -> Read:

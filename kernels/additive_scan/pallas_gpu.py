@@ -77,9 +77,12 @@ def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
     """Why these arguments of ``forward`` do not fit the kernels, or None."""
     del state, run, scale
     widths = q.shape[-1], v.shape[-1]
-    dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v, f) if x is not None}
-    if dtypes != {"bfloat16"}:
-        return f"arrays must be bfloat16, the factors of tensor cores, not {sorted(dtypes)}"
+    factors, others = (q, v), [x for x in (k, f) if x is not None]
+    names = lambda arrays: sorted({jnp.dtype(x.dtype).name for x in arrays})
+    if names(factors) != ["bfloat16"]:
+        return f"q and v must be bfloat16, the factors of tensor cores, not {names(factors)}"
+    if not {*names(others)} <= {"bfloat16", "float32"}:
+        return f"k and its factors must be bfloat16 or float32, not {names(others)}"
     if not set(widths) <= set(WIDTHS):
         return f"K and V must be among {WIDTHS}, not {widths}"
     if stride not in (16, 32, 64):
@@ -215,13 +218,13 @@ def _prepare(q, k, f, channels, tokens, scale: float, stride: int):
             ending = by_column(column(refs["columns"].at[ENDING]), SQUARE)
             keys = keys * ending * by_row(factor(END), SQUARE)
             refs["q"].at[:, some][...] = (queries * old).astype(q.dtype)
-            refs["k"].at[:, some][...] = keys.astype(q.dtype)
+            refs["keys_tile"].at[:, some][...] = keys.astype(q.dtype)
             plgpu.commit_smem()
             scores = product(queries.astype(q.dtype), refs["high"].T, scores)
         refs["low"][...] = jnp.where(_within(refs), scores, 0.0).astype(q.dtype)
         plgpu.commit_smem()
         at = place["row"], place["head"], place["chunk"]
-        sources = {"queries": "q", "keys": "k", "scores": "low", "lost": "lost_sums"}
+        sources = {"queries": "q", "keys": "keys_tile", "scores": "low", "lost": "lost_sums"}
         for name, source in sources.items():
             plgpu.copy_smem_to_gmem(refs[source], refs[name].at[at])
 
@@ -241,7 +244,12 @@ def _prepare(q, k, f, channels, tokens, scale: float, stride: int):
             "scores": shape(*SQUARE),
             "lost": shape(key, dtype=jnp.float32),
         },
-        {"high": tile(*SQUARE), "low": tile(*SQUARE), "lost_sums": vectors(key)},
+        {
+            "high": tile(*SQUARE),
+            "low": tile(*SQUARE),
+            "keys_tile": tile(ROWS, key),
+            "lost_sums": vectors(key),
+        },
         compute,
     )
 
@@ -358,7 +366,7 @@ def _gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, 
         dk += e * left * product(refs["v"], refs["dstate"])
         if f is not None:
             df, dk = dk, dk * part("f")
-            refs["f"][...] = df.astype(q.dtype)
+            refs["f"][...] = df.astype(f.dtype)
         dk = dk - e * _sum_of_tokens(_within(refs, later=True), x, refs)
         refs["dk_tile"][...] = dk
         plgpu.commit_smem()

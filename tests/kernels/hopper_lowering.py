@@ -14,17 +14,18 @@ import jaxlib.mlir.dialects.nvvm  # noqa: F401
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 
 
-def shared_memory(function, *arguments) -> dict[str, int]:
+def shared_memory(function, *arguments, mesh: AbstractMesh | None = None) -> dict[str, int]:
     """Bytes of shared memory of every Hopper kernel that a function of such arguments calls.
 
     Args:
       function: not jitted.
       *arguments: trees of ``jax.ShapeDtypeStruct``.
+      mesh: of such devices; None for one.
 
     Returns:
       By the name of the kernel.
     """
-    mesh = AbstractMesh((1,), ("device",), abstract_device=H100)
+    mesh = mesh or AbstractMesh((1,), ("device",), abstract_device=H100)
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     needed = {}
