@@ -31,7 +31,7 @@ import jax
 
 from . import bench, hopper
 from .bench_gpu_entries import PEERS as PEERS
-from .bench_gpu_times import name_of
+from .bench_gpu_times import name_of, reason_of as reason_of
 
 SHAPES = ((8, 4096, 8, 128, 128), (1, 32768, 16, 128, 128))  # B,T,H,K,V
 STALL = 90.0  # seconds without an event after which a process is ended
@@ -238,10 +238,15 @@ def conduct(
         on_failure(item, "all of it", SKIPPED)
 
 
-def events(request: dict[str, Any], deadline: float) -> Iterator[dict[str, Any]]:
-    """Of a process that works on the request; the last is "end", with a reason if it had to."""
+def events(
+    request: dict[str, Any], deadline: float, program: str = WORKER
+) -> Iterator[dict[str, Any]]:
+    """Of a process that works on the request; the last is "end", with a reason.
+
+    It is ended if it is silent for ``STALL`` seconds, or some time after the deadline.
+    """
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "FLA_FLASH_QLA": "0"}
-    command, pipe = [sys.executable, "-c", WORKER], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         lines: queue.Queue[str | None] = queue.Queue()
 
