@@ -50,6 +50,7 @@ class Entry(NamedTuple):
     compile: Callable[[bool, Any, Executor], Future] | None = None
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def inputs(operation: str, shape: tuple[int, ...], seed: int) -> tuple[Arrays, jax.Array]:
     """Arguments by name, and do. Shapes are those of ``bench.py``.
 
