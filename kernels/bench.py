@@ -3,6 +3,7 @@
   python -m scanax.kernels.bench --shapes "4,2048,4,64,64,1;4,2048,4,64,64,2" [--out FILE.json]
   python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
   python -m scanax.kernels.bench --operation expert_mlp --shapes "2048,352,352,16,2"
+  python -m scanax.kernels.bench --suite gpu --out DIR
 
 A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan and T,D,F,E,J for expert_mlp
 (experts with ReLU and biases; tokens choose at random). Repetitions of all
@@ -82,7 +83,10 @@ def define_flags() -> None:
         "without", [], "Those left out: the gradients of torch's are slow in long rows."
     )
     flags.DEFINE_string("jla_python", "", "An interpreter with jax-linear-attention: times it too.")
-    flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
+    flags.DEFINE_string("out", "", "Also write the figures here, as JSON; a folder of a suite.")
+    flags.DEFINE_enum("suite", None, ["gpu"], "Instead: checks and times on one GPU (bench_gpu).")
+    flags.DEFINE_list("implementations", ["pallas_gpu", "xla"], "Ours, of the suite; checks one.")
+    flags.DEFINE_float("budget_seconds", 540.0, "Of the suite.", lower_bound=1.0)
 
 
 def main(argv: list[str]) -> None:
@@ -90,6 +94,8 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
+        if given.suite:
+            sys.exit(_gpu_suite(given))
         operation = OPERATIONS[given.operation]
         texts = (given.shapes or operation.shapes).split(";")
         shapes = [parse_shape(operation.dimensions, text) for text in texts]
@@ -106,6 +112,19 @@ def main(argv: list[str]) -> None:
     print(table(operation, rows))
     if given.out:
         save(given.out, rows)
+
+
+def _gpu_suite(given: Any) -> int:
+    from . import bench_gpu  # it imports this file
+
+    shapes = [parse_shape("B,T,H,K,V", text) for text in given.shapes.split(";") if text]
+    return bench_gpu.suite(
+        given.out,
+        shapes or bench_gpu.SHAPES,
+        given.implementations,
+        [name for name in bench_gpu.PEERS if given.peers and name not in given.without],
+        given.budget_seconds,
+    )
 
 
 def parse_shape(dimensions: str, text: str) -> Shape:
