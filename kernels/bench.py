@@ -4,6 +4,7 @@
   python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
   python -m scanax.kernels.bench --operation expert_mlp --shapes "2048,352,352,16,2"
   python -m scanax.kernels.bench --suite gpu --out DIR
+  python -m scanax.kernels.bench --suite gpu_model --out DIR
 
 A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan and T,D,F,E,J for expert_mlp
 (experts with ReLU and biases; tokens choose at random). Repetitions of all
@@ -25,6 +26,7 @@ import contextlib
 import functools
 import json
 import statistics
+import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -84,7 +86,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("jla_python", "", "An interpreter with jax-linear-attention: times it too.")
     flags.DEFINE_string("out", "", "Also write the figures here, as JSON; a folder of a suite.")
-    flags.DEFINE_enum("suite", None, ["gpu"], "Instead: checks and times on one GPU (bench_gpu).")
+    flags.DEFINE_enum(
+        "suite",
+        None,
+        ["gpu", "gpu_model"],
+        "Instead, on one GPU: checks and times of the scans (bench_gpu), or the throughput of a"
+        " language model (scanax.models.language_bench_gpu, whose other flags are its own).",
+    )
     flags.DEFINE_list("implementations", ["pallas_gpu", "xla"], "Ours, of the suite; checks one.")
     flags.DEFINE_float("budget_seconds", 540.0, "Of the suite.", lower_bound=1.0)
 
@@ -95,7 +103,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if given.suite:
-            sys.exit(_gpu_suite(given))
+            sys.exit(_gpu_suite(given) if given.suite == "gpu" else _gpu_model_suite(given))
         operation = OPERATIONS[given.operation]
         texts = (given.shapes or operation.shapes).split(";")
         shapes = [parse_shape(operation.dimensions, text) for text in texts]
@@ -125,6 +133,14 @@ def _gpu_suite(given: Any) -> int:
         [name for name in bench_gpu.PEERS if given.peers and name not in given.without],
         given.budget_seconds,
     )
+
+
+def _gpu_model_suite(given: Any) -> int:
+    """In a process of its own: the kernels know nothing of models."""
+    command = [sys.executable, "-m", "scanax.models.language_bench_gpu", f"--out={given.out}"]
+    command += [f"--budget_seconds={given.budget_seconds}", f"--peers={given.peers}"]
+    command += [f"--implementations={','.join(given.implementations)}"]
+    return subprocess.run(command, check=False).returncode
 
 
 def parse_shape(dimensions: str, text: str) -> Shape:
