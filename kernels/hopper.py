@@ -34,6 +34,7 @@ else:
 ROWS = 64  # of a matrix of one warpgroup
 SHARED_BYTES = 232_448  # shared memory that a program may have
 PROCESSORS = 132  # that run programs side by side, of an H100
+MOST_PROGRAMS = 65_535  # along all but one axis of a grid
 
 
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
@@ -49,8 +50,14 @@ def interpreted(params: Any) -> Iterator[None]:
         _interpreter.reset(token)
 
 
-def unavailable() -> str | None:
-    """Why no kernel can run, or None; what is no GPU at all is told by Pallas itself."""
+def unavailable(*programs: int) -> str | None:
+    """Why kernels cannot run, or None; what is no GPU at all is told by Pallas itself.
+
+    Args:
+      *programs: along one axis of a grid.
+    """
+    if max(programs, default=0) > MOST_PROGRAMS:
+        return f"at most {MOST_PROGRAMS} rows times heads, and chunks of a row, not {programs}"
     if MISSING is None and jax.default_backend() == "gpu":
         capability = getattr(jax.devices()[0], "compute_capability", "?")
         if capability != "9.0":

@@ -89,7 +89,7 @@ def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
         return f"stride must be 16, 32 or 64 tokens, not {stride}"
     if chunk not in (None, stride):
         return f"a chunk must hold the {stride} tokens of a stride, not {chunk}"
-    return hopper.unavailable()
+    return hopper.unavailable(q.shape[0] * q.shape[2], q.shape[1] // stride)
 
 
 def forward(q, k, v, f, state, run, *, scale, chunk, stride):

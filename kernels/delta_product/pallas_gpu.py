@@ -62,6 +62,7 @@ from .gpu_layout import (
     QUERY_ENTER,
     Sizes,
     chunks_like,
+    default_chunk,
     factors_of,
     micro_steps,
     per_chunk,
@@ -83,7 +84,8 @@ def supports(q, k, v, beta, g, state, run, *, scale, chunk, stride) -> str | Non
         return f"K and V must be among {WIDTHS}, not {widths}"
     if chunk is not None and (chunk < 16 or stride % chunk or chunk * steps > ROWS):
         return f"a chunk holds 16 or more tokens and at most {ROWS} micro-steps, not {chunk} tokens"
-    return hopper.unavailable()
+    chunks = q.shape[1] // (chunk or default_chunk(steps, stride))
+    return hopper.unavailable(q.shape[0] * q.shape[2], chunks)
 
 
 def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):

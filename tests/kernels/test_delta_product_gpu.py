@@ -169,14 +169,16 @@ WRONG = {
     "steps": ({"steps": 5}, {}, "N must be 1 to 4"),
     "width": ({"width": 32}, {}, "K and V must be among"),
     "chunk": ({"steps": 2}, {"chunk": 64}, "at most 64 micro-steps"),
+    "programs": ({"rows": 70_000}, {}, "at most 65535 rows times heads"),
 }
 
 
 @pytest.mark.parametrize(("changes", "static", "reason"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_not_supported_has_a_reason(changes, static, reason):
-    given = {"dtype": jnp.bfloat16, "steps": 1, "width": 64, **changes}
-    q = jax.ShapeDtypeStruct((1, 2, 1, given["width"]), given["dtype"])
-    k = jax.ShapeDtypeStruct((1, 2, given["steps"], 1, given["width"]), given["dtype"])
+    given = {"dtype": jnp.bfloat16, "rows": 1, "steps": 1, "width": 64, **changes}
+    rows = (given["rows"], 2)
+    q = jax.ShapeDtypeStruct((*rows, 1, given["width"]), given["dtype"])
+    k = jax.ShapeDtypeStruct((*rows, given["steps"], 1, given["width"]), given["dtype"])
     static = {"scale": 1.0, "chunk": None, "stride": 128, **static}
     assert reason in pallas_gpu.supports(q, k, k, None, None, None, None, **static)
 
