@@ -3,7 +3,7 @@
   python -m scanax.kernels.bench_defaults
 
 Times forward+backward of every implementation of the scans that this device runs, over lengths and
-widths of heads, and puts the fastest of each size in the place of what the file says of this kind
+widths of heads, in float32, or in bfloat16 on GPUs, whose kernels take nothing else; and puts the fastest of each size in the place of what the file says of this kind
 of device. ``implementation=None`` then takes the entry of the nearest size (``dispatch.py``).
 """
 
@@ -16,8 +16,10 @@ from typing import Any
 
 from absl import app, flags
 import jax
+import jax.numpy as jnp
 
 from . import bench
+from .hopper_scans import WIDTHS
 
 FILE = pathlib.Path(__file__).with_name("defaults.json")
 HEADS = 4
@@ -59,9 +61,13 @@ def row(operation: str, device: str, tokens: int, width: int, repetitions: int) 
     what = bench.OPERATIONS[operation]
     shape = (max(1, 2048 // tokens), tokens, HEADS, width, width)
     arguments = what.inputs((*shape, 1) if operation == "delta_product" else shape, True)
+    names = what.implementations()
+    if jax.default_backend() == "gpu":
+        arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
+        names = [*names, "pallas_gpu"] if width in WIDTHS else names
     calls = {
         name: functools.partial(bench.seconds, bench.functions(what, name)[1], *arguments)
-        for name in what.implementations()
+        for name in names
     }
     times = {name: [] for name in calls}
     for number in range(1 + repetitions):

@@ -27,15 +27,13 @@ except ImportError as error:  # a jaxlib without the compiler
 else:
     MISSING = None
     # JAX 0.10 must be told that all of an array is loaded; later versions need not or may not.
-    index_of_load = inspect.signature(plgpu.load).parameters.get("idx")
-    needed = index_of_load is not None and index_of_load.default is inspect.Parameter.empty
-    WHOLE = {"idx": ()} if needed else {}
+    _index = inspect.signature(plgpu.load).parameters.get("idx")
+    WHOLE = {"idx": ()} if _index and _index.default is inspect.Parameter.empty else {}
 
 ROWS = 64  # of a matrix of one warpgroup
 SHARED_BYTES = 232_448  # shared memory that a program may have
 PROCESSORS = 132  # that run programs side by side, of an H100
 MOST_PROGRAMS = 65_535  # along all but one axis of a grid
-
 
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 
