@@ -4,7 +4,8 @@
 
 Times forward+backward of every implementation of the scans that this device runs, over lengths and
 widths of heads, in float32, or in bfloat16 on GPUs, whose kernels take nothing else; and puts the
-fastest of each size in the place of what the file says of this kind of device. ``implementation=None`` then takes the entry of the nearest size (``dispatch.py``).
+fastest of each size in the place of what the file says of this kind of device.
+``implementation=None`` then takes the entry of the nearest size (``dispatch.py``).
 """
 
 import functools
