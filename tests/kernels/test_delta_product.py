@@ -15,9 +15,6 @@ import pytest
 from scanax.kernels import delta_product, delta_product_step
 from scanax.kernels.delta_product import chunk as chunk_lib
 
-# Programs that run once: most of the time is compilation. The goldens' are compiled in full.
-pytestmark = pytest.mark.usefixtures("hurried_compiler")
-
 IMPLEMENTATIONS = ("reference", "xla")
 
 

@@ -70,20 +70,20 @@ def run_forked(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scanax.train.loop", "scanax.train.tasks"])
     with tempfile.NamedTemporaryFile("r") as output:
-        process = context.Process(target=_run_module, args=(arguments, output.name))
+        process = context.Process(target=_run_module, args=(arguments, environment(), output.name))
         process.start()
         process.join(timeout=300)
         assert process.exitcode is not None, "still running"
         return subprocess.CompletedProcess(arguments, process.exitcode, output.read())
 
 
-def _run_module(arguments: list[str], output: str) -> None:
+def _run_module(arguments: list[str], variables: dict[str, str], output: str) -> None:
     """What ``python -m`` would do, in this process."""
     descriptor = os.open(output, os.O_WRONLY)
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     os.chdir(ROOT)
-    os.environ.update(environment())
+    os.environ.update(variables)
     _, _, module, *sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
