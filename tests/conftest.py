@@ -24,6 +24,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def hurried_compiler():
+    """Machine code as it comes: for tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def golden() -> pathlib.Path:
     """The folder of reference values."""

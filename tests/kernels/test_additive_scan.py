@@ -11,6 +11,9 @@ import pytest
 from scanax.kernels import additive_attention, additive_scan, additive_step
 from scanax.kernels.additive_scan import attention, quotients
 
+# Programs that run once: most of the time is compilation. The goldens' are compiled in full.
+pytestmark = pytest.mark.usefixtures("hurried_compiler")
+
 IMPLEMENTATIONS = ("reference", "xla")
 
 
@@ -84,12 +87,16 @@ def value_and_gradients(case: Case, implementation: str, dtype="float32"):
     return jax.device_get(run(arrays(case, dtype)))
 
 
+@functools.cache
+def defined(case: Case):
+    with jax.enable_x64(True):
+        return value_and_gradients(case, "reference", "float64")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_agrees_with_the_definition_in_float64(case, implementation):
-    with jax.enable_x64(True):
-        expected = value_and_gradients(case, "reference", "float64")
-    actual = value_and_gradients(case, implementation)
+    actual, expected = value_and_gradients(case, implementation), defined(case)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         there = np.isfinite(e)
         assert (np.isfinite(a) == there).all()  # z alone may be -inf

@@ -17,6 +17,9 @@ import pytest
 
 from scanax.kernels import bench, bench_decode, bench_linear, peers
 
+# What is timed is not under test.
+pytestmark = pytest.mark.usefixtures("hurried_compiler")
+
 DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
 EXPERTS = bench.OPERATIONS["expert_mlp"]
 

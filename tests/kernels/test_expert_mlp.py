@@ -12,6 +12,9 @@ import pytest
 from scanax.kernels.expert_mlp import Experts, api, capacity, expert_mlp, implementations, kept
 from scanax.kernels.expert_mlp.api import IMPLEMENTATIONS
 
+# Hundreds of small programs that run once: nearly all of the time is compilation.
+pytestmark = pytest.mark.usefixtures("hurried_compiler")
+
 DROPLESS = ("dense", "block", "ragged")
 # name -> tokens, choices, experts, who gets what
 CASES = {
@@ -105,7 +108,7 @@ def test_gradients_of_the_definition():
     with jax.enable_x64(True):
         x, index, weight, experts = inputs("random", gated=True)
         f = lambda *a: expert_mlp(a[0], index, a[1], a[2], implementation="block")
-        check_grads(f, (x, weight, experts), order=1, modes=["rev"])
+        check_grads(jax.jit(f), (x, weight, experts), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("policy", ["score", "position"])
@@ -153,7 +156,8 @@ def test_grouped_product_of_tpus():
     run = functools.partial(implementations.gmm, interpret=True)
     index = index.astype(jnp.int32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # inside of it
-        y, pull = jax.vjp(lambda x, *others: run(x, index, *others), x, weight, experts)
+        f = jax.jit(lambda x, *others: run(x, index, *others))
+        y, pull = jax.vjp(f, x, weight, experts)
         gradients = pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
     agree((y, gradients), expected, 1e-5)
 
@@ -202,7 +206,7 @@ def test_published_layer(golden):
 
         gate = tuple(jnp.asarray(file[f"param.gate.gate.{n}"]) for n in ("weight", "bias"))
         arguments = (x, gate, tree("param"), scale, jnp.asarray(file["param.layer_norm.bias"]))
-        (y, core), pull = jax.vjp(post, *arguments)
+        (y, core), pull = jax.vjp(jax.jit(post), *arguments)
         agree(core, file["moe_core"].reshape(18, 14), 1e-11)
         agree(y, file["y_post_ln"].reshape(18, 14), 1e-11)
         dx, dgate, dexperts, dscale, _ = pull((cot.reshape(18, 14), jnp.zeros_like(core)))

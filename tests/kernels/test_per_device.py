@@ -59,6 +59,7 @@ def main() -> None:
 def test_eight_devices_equal_one():
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
     subprocess.run([sys.executable, str(HERE)], env=environment, check=True)
 
 

@@ -10,6 +10,11 @@ import pytest
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiler(hurried_compiler):
+    """Also for what tests compile without ``jit``, operation by operation."""
+
+
 @pytest.fixture(scope="session")
 def jit():
     """``jax.jit`` with a compiler that hurries."""

@@ -1,11 +1,14 @@
 """Runs the command line as a user does, on a word problem small enough for seconds."""
 
 from collections.abc import Callable
+import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,6 +63,29 @@ def run(arguments: list[str], devices: int = 1) -> subprocess.CompletedProcess[s
         stderr=subprocess.STDOUT,
         timeout=300,
     )
+
+
+def run_forked(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """As ``run``, in a fork of a process that has imported the libraries: without their 4 s."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scanax.train.loop", "scanax.train.tasks"])
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = context.Process(target=_run_module, args=(arguments, environment(), output.name))
+        process.start()
+        process.join(timeout=300)
+        assert process.exitcode is not None, "still running"
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read())
+
+
+def _run_module(arguments: list[str], variables: dict[str, str], output: str) -> None:
+    """What ``python -m`` would do, in this process."""
+    descriptor = os.open(output, os.O_WRONLY)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.chdir(ROOT)
+    os.environ.update(variables)
+    _, _, module, *sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

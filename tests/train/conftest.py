@@ -1,10 +1,15 @@
-"""What tests of training share: promotion that optax can live with, and a trained flow."""
+"""What tests of training share: a fast compiler, promotion for optax, and a trained flow."""
 
 from flow_runs import toy
 import jax
 import pytest
 
 from scanax.train import run as run_lib
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(hurried_compiler):
+    """Runs here are of a few steps on tiny models; those of the command line compile in full."""
 
 
 @pytest.fixture(scope="module")

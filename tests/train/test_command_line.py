@@ -33,7 +33,7 @@ MISTAKES = {
 def test_mistake(tmp_path, arguments, message):
     workdir = tmp_path / "run"
     start = time.monotonic()
-    result = command.run(command.train_command(workdir, *arguments))
+    result = command.run_forked(command.train_command(workdir, *arguments))
     assert result.returncode == 2, result.stdout
     assert message in result.stdout
     assert result.stdout.count("error:") == 1 and "Traceback" not in result.stdout

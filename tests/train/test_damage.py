@@ -17,7 +17,7 @@ from scanax.train.checkpoint import CheckpointError, Checkpoints
 def finished(tmp_path_factory) -> pathlib.Path:
     """A finished run with checkpoints at steps 20, 40 and 60."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    result = command.run(command.train_command(workdir))
+    result = command.run_forked(command.train_command(workdir))
     assert result.returncode == 0, result.stdout
     return workdir
 
@@ -79,7 +79,7 @@ def test_newest_damaged_continues_from_the_one_before(finished, tmp_path, damage
 def test_training_continues_and_ends_bitwise_the_same(finished, tmp_path, damage):
     workdir = copy(finished, tmp_path)
     damage(workdir / "checkpoints" / "60")
-    result = command.run(command.train_command(workdir))
+    result = command.run_forked(command.train_command(workdir))
     assert result.returncode == 0, result.stdout
     lines = [line for line in result.stdout.splitlines() if "is damaged" in line]
     assert len(lines) == 1 and "continuing from step 40" in lines[0]
@@ -130,7 +130,7 @@ def test_all_damaged_stops_and_changes_nothing(finished, tmp_path):
     workdir = copy(finished, tmp_path)
     for step in (20, 40, 60):
         truncate(workdir / "checkpoints" / str(step))
-    result = command.run(command.train_command(workdir))
+    result = command.run_forked(command.train_command(workdir))
     assert result.returncode == 2, result.stdout
     assert "every checkpoint" in result.stdout and "Traceback" not in result.stdout
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["20", "40", "60"]
@@ -140,7 +140,7 @@ def test_other_data_position_is_refused(finished, tmp_path):
     """A checkpoint of one data order is not continued on another."""
     workdir = copy(finished, tmp_path)
     arguments = command.train_command(workdir, "--config.data.seed=5", "--allow_config_change")
-    result = command.run(arguments)
+    result = command.run_forked(arguments)
     assert result.returncode == 2, result.stdout
     assert "other data" in result.stdout and "seed: 0 -> 5" in result.stdout
     assert (workdir / "config.json").read_text() == (finished / "config.json").read_text()

@@ -114,9 +114,13 @@ def test_command_lines(build, tmp_path, monkeypatch):
     overrides = [f"--config.{k}={v}" for k, v in SMALL.items() if not k.startswith("mesh")]
     short = ("--config.num_steps=4", "--config.optimizer.warmup_steps=1")
     arguments = ("--config=configs/lm_embedded.py", f"--workdir={workdir}", *overrides, *short)
-    trained = command.run(command.command("main", *arguments, "--config.evaluation.samples=1"))
+    trained = command.run_forked(
+        command.command("main", *arguments, "--config.evaluation.samples=1")
+    )
     assert trained.returncode == 0, trained.stdout
-    sample = lambda *more: command.run(command.command("sample", f"--workdir={workdir}", *more))
+    sample = lambda *more: command.run_forked(
+        command.command("sample", f"--workdir={workdir}", *more)
+    )
     prompts = ("--prompt=the cat", f"--prompt_file={tmp_path / 'prompt.txt'}")
     (tmp_path / "prompt.txt").write_text("on the\n")
     found = sample(*prompts, "--num=2", "--max_tokens=5", "--top_p=0.9", "--ignore_end")
@@ -132,5 +136,5 @@ def test_command_lines(build, tmp_path, monkeypatch):
         assert result.returncode == 2 and message in result.stdout, result.stdout
         assert "Traceback" not in result.stdout
     evaluate = command.command("evaluate", f"--workdir={workdir}", "--analysis=routing")
-    result = command.run(evaluate)
+    result = command.run_forked(evaluate)
     assert result.returncode == 2 and "it has long_context" in result.stdout

@@ -287,8 +287,8 @@ def test_a_run_is_not_continued_with_other_rates(tmp_path):
     flags += ["--config.num_steps=2", "--config.optimizer.warmup_steps=0"]
     flags += ["--config.evaluation.batches=1", "--config.batch_size=4"]
     where = ("--config=configs/lightnet_digits.py", f"--workdir={tmp_path / 'run'}")
-    first = command.run(command.command("main", *where, *flags))
+    first = command.run_forked(command.command("main", *where, *flags))
     assert first.returncode == 0, first.stdout
     arguments = ("--config.num_steps=4", "--config.model.theta_type=4")
-    second = command.run(command.command("main", *where, *flags, *arguments))
+    second = command.run_forked(command.command("main", *where, *flags, *arguments))
     assert second.returncode == 2 and "model.theta_type: 0 -> 4" in second.stdout, second.stdout

@@ -83,7 +83,7 @@ def generate(teacher, out, *flags):
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "pairs"
-    result = command.run(generate(teacher, folder))
+    result = command.run_forked(generate(teacher, folder))
     assert result.returncode == 0, result.stdout
     return folder
 
@@ -167,14 +167,14 @@ def test_killed_generation_ends_the_same(teacher, tmp_path):
     out = tmp_path / "pairs"
     slow = generate(teacher, out, "--recipe=euler:20000")
     whole = tmp_path / "whole"
-    result = command.run(generate(teacher, whole, "--recipe=euler:20000"))
+    result = command.run_forked(generate(teacher, whole, "--recipe=euler:20000"))
     assert result.returncode == 0, result.stdout
     process = command.start(slow)
     command.wait_for(lambda: shards(out), process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert len(shards(out)) < 5
-    result = command.run(slow)
+    result = command.run_forked(slow)
     assert result.returncode == 0, result.stdout
     chex.assert_trees_all_equal(contents(out), contents(whole))
     assert contents(out)[0] == 40
@@ -215,7 +215,9 @@ def test_pairs_of_another_shape_are_refused(teacher, tmp_path):
 
 
 def test_wrong_way_is_an_error(teacher, tmp_path):
-    result = command.run(generate(teacher, tmp_path / "p", "--from_data", "--recipe=euler:4"))
+    result = command.run_forked(
+        generate(teacher, tmp_path / "p", "--from_data", "--recipe=euler:4")
+    )
     assert result.returncode == 2 and "the wrong way" in result.stdout, result.stdout
 
 

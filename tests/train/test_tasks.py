@@ -165,13 +165,13 @@ def train_command(name: str, workdir: pathlib.Path, *more: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_killed_run_on_real_data_ends_bitwise_the_same(name, tmp_path):
-    result = command.run(train_command(name, tmp_path / "quiet"))
+    result = command.run_forked(train_command(name, tmp_path / "quiet"))
     assert result.returncode == 0, result.stdout
     generator = random.Random(name)
     arguments = train_command(name, tmp_path / "killed")
     for _ in range(2):
         command.interrupt(arguments, generator.uniform(4.0, 8.0), signal.SIGKILL)
-    result = command.run(arguments)
+    result = command.run_forked(arguments)
     assert result.returncode == 0, result.stdout
     found = []
     for workdir in ("quiet", "killed"):
@@ -190,20 +190,20 @@ def test_changed_data_is_refused_until_allowed(tmp_path):
     files = ("--config.data.source=files", f"--config.data.path={text}")
     files += ("--config.data.holdout=tail", "--config.num_steps=6")
     arguments = train_command("configs/lm_embedded.py", workdir, *files)
-    assert command.run(arguments).returncode == 0
+    assert command.run_forked(arguments).returncode == 0
     text.write_text("other text " * 400)
     arguments += ["--config.num_steps=8", "--allow_config_change"]
-    result = command.run(arguments)
+    result = command.run_forked(arguments)
     assert result.returncode == 2, result.stdout
     assert "other data: fingerprint:" in result.stdout and "--allow_data_change" in result.stdout
-    result = command.run([*arguments, "--allow_data_change"])
+    result = command.run_forked([*arguments, "--allow_data_change"])
     assert result.returncode == 0 and "continuing from step 6" in result.stdout, result.stdout
 
 
 def test_missing_data_is_one_message_and_nothing_is_written(tmp_path):
     workdir = tmp_path / "run"
     files = ("--config.data.source=files", "--config.data.path=absent.txt")
-    result = command.run(train_command("configs/lm_embedded.py", workdir, *files))
+    result = command.run_forked(train_command("configs/lm_embedded.py", workdir, *files))
     assert result.returncode == 2, result.stdout
     assert result.stdout.count("error:") == 1 and "absent.txt does not exist" in result.stdout
     assert "Traceback" not in result.stdout and not workdir.exists()
@@ -213,7 +213,7 @@ def test_benchmark_reports_what_the_data_costs():
     arguments = command.command(
         "benchmark", "--config=configs/digits_mlp.py", "--data_only", "--steps=3"
     )
-    result = command.run(arguments)
+    result = command.run_forked(arguments)
     assert result.returncode == 0, result.stdout
     values = json.loads(result.stdout.splitlines()[-1])["data"]
     assert values["batch_ms"] > 0 and 0 <= values["waiting_share_of_step"] <= 1
