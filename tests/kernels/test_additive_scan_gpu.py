@@ -5,17 +5,19 @@ The judge is the reference in float64, as for the kernels for TPU.
 
 import functools
 
+from additive_scan_cases import Case, arrays, definition
 from hopper_lowering import shared_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_additive_scan_tpu import Case, arrays, definition
 
 from scanax.kernels import additive_scan, backends, hopper
 from scanax.kernels.additive_scan import api, pallas_gpu
 from scanax.kernels.additive_scan.contract import CONTRACT
 
+# The machine code is the interpreter's, which is not under test.
+pytestmark = pytest.mark.usefixtures("hurried_compiler")
 interpreted = pytest.mark.skipif(
     not hasattr(hopper.plgpu, "InterpretGPUParams"),
     reason="Pallas interprets kernels for GPUs from JAX 0.11 on, which needs Python 3.12",

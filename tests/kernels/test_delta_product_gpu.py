@@ -5,17 +5,19 @@ The judge is the reference in float64, as for the kernels for TPU.
 
 import functools
 
+from delta_product_cases import NAMES, Case, arrays, cotangents, defined, runs
 from hopper_lowering import shared_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_delta_product_tpu import NAMES, Case, arrays, cotangents, defined, runs
 
 from scanax.kernels import backends, delta_product, hopper, hopper_scans
 from scanax.kernels.delta_product import api, gpu_layout, pallas_gpu
 from scanax.kernels.delta_product.contract import CONTRACT
 
+# The machine code is the interpreter's, which is not under test.
+pytestmark = pytest.mark.usefixtures("hurried_compiler")
 interpreted = pytest.mark.skipif(
     not hasattr(hopper.plgpu, "InterpretGPUParams"),
     reason="Pallas interprets kernels for GPUs from JAX 0.11 on, which needs Python 3.12",
