@@ -211,7 +211,7 @@ def _jla(python: str, kind: str, arrays: Mapping[str, np.ndarray]) -> Iterator[P
     with tempfile.TemporaryDirectory() as folder:
         for name, array in arrays.items():
             np.save(f"{folder}/{name}.npy", array)
-        command = [python, "-P", script, kind, folder, *arrays]
+        command = [python, "-I", script, kind, folder, *arrays]  # its own packages alone
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         with subprocess.Popen(command, **pipes) as process:
 
