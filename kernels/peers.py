@@ -76,7 +76,7 @@ def installed(operation: str, jla_python: str = "") -> dict[str, Maker]:
         if not shutil.which(jla_python):
             raise ValueError(f"{jla_python!r} is not an interpreter")
         look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('jla') is None)"
-        if subprocess.run([jla_python, "-c", look], check=False).returncode:
+        if subprocess.run([jla_python, "-I", "-c", look], check=False).returncode:
             raise ValueError(f"{jla_python!r} has no jla: pip install jax-linear-attention")
         makers["jla"] = functools.partial(workers[operation], jla_python)
     return makers

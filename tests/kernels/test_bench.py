@@ -5,9 +5,11 @@ import functools
 import importlib.util
 import itertools
 import json
-import os
+from pathlib import Path
 import subprocess
 import sys
+import sysconfig
+import venv
 
 import chex
 import jax
@@ -114,27 +116,30 @@ def linear_attention(kind, *, impl, q, k, v, g, beta=None):
 
 
 @pytest.fixture
-def fake_jla(tmp_path, monkeypatch):
-    """The file of a package jla, with our functions, that other processes find."""
-    package = tmp_path / "jla"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "ops.py").write_text(FAKE_JLA)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    return package / "ops.py"
+def python_with_jla(tmp_path):
+    """An interpreter that has what this one has and a package jla, with our functions."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (packages / "jla").mkdir()
+    (packages / "jla" / "__init__.py").touch()
+    (packages / "jla" / "ops.py").write_text(FAKE_JLA)
+    here = sysconfig.get_path("purelib")
+    (packages / "here.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    return tmp_path / "venv" / "bin" / "python"
 
 
-def test_jla_runs_in_an_interpreter_of_its_own(fake_jla):
-    peer = peers.installed("delta_product", sys.executable)["jla"]
+def test_jla_runs_in_an_interpreter_of_its_own(python_with_jla):
+    peer = peers.installed("delta_product", str(python_with_jla))["jla"]
     rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), True, 1, {"jla": peer})
     assert all(row["peer_over_this"]["jla"] > 0 for row in rows)
 
     inputs = ADDITIVE.inputs((1, 6, 1, 4, 4), True)
-    peer = peers.installed("additive_scan", sys.executable)["jla"]
+    peer = peers.installed("additive_scan", str(python_with_jla))["jla"]
     with peer(*map(np.asarray, inputs)) as jla:
         np.testing.assert_allclose(jla.outputs(), ADDITIVE.function(*inputs)[0], atol=1e-5)
         assert jla.forward() > 0 and jla.both() > 0
-        fake_jla.write_text("raise ImportError('broken')")
+        [operations] = python_with_jla.parent.parent.rglob("jla/ops.py")
+        operations.write_text("raise ImportError('broken')")
     with peer(*map(np.asarray, inputs)) as jla, pytest.raises(RuntimeError, match="jla under"):
         jla.forward()
 
