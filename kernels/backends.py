@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .dispatch import Implementation
-from .per_device import per_device
+from .per_device import not_divided, per_device
 from .rows import power_of_two, resets_so_far
 
 SHORTEST = 16  # tokens of a stride: shorter rows are padded
@@ -98,8 +98,12 @@ def supports(*arguments: Any, **options: Any) -> str | None:
     """Why :func:`scan` cannot run on these arguments, or None."""
     *arrays, state, reset = arguments
     static = _static(arrays, **options)
+    contract = static.contract
     for backend in (static.forward, static.backward):
-        reason = static.bind(backend.supports)(*arrays, state, resets_so_far(reset))
+        given = (*arrays, state, resets_so_far(reset))
+        reason = static.bind(backend.supports)(*given)
+        if reason is None and not backend.divisible:
+            reason = not_divided(_inputs(contract), given)
         if reason is not None:
             return reason
     return None
@@ -120,9 +124,8 @@ def _scan(arrays, state, run, static: _Static):
 def _scan_forward(arrays, state, run, static: _Static):
     contract, function = static.contract, static.bind(static.forward.forward)
     if not static.forward.divisible:
-        inputs = (*contract.arrays, contract.state, "BT")
         outputs = ("BTHV", contract.state, _starts(contract))
-        function = per_device(function, inputs, outputs)
+        function = per_device(function, _inputs(contract), outputs)
     o, final, starts = function(*arrays, state, run)
     return (o, final), (arrays, run, starts, final)
 
@@ -135,6 +138,10 @@ def _scan_backward(static: _Static, residuals, cotangents):
         function = per_device(function, inputs, (*contract.arrays, contract.state))
     *darrays, dstate = function(*arrays, *others, *cotangents)
     return tuple(darrays), dstate, None
+
+
+def _inputs(contract: Contract):
+    return (*contract.arrays, contract.state, "BT")
 
 
 def _starts(contract: Contract):

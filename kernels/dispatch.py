@@ -59,29 +59,36 @@ def call(
       ValueError: if there is no implementation of that name, or it does not support the
         arguments; the message names those that do.
     """
-    reasons = {key: entry.supports(*args, **kwargs) for key, entry in table.items()}
-    usable = [key for key, reason in reasons.items() if reason is None]
+    reason = functools.cache(lambda key: table[key].supports(*args, **kwargs))
     if name is None:
-        platform = jax.default_backend()
-        fits = lambda key: platform in table[key].platforms and not table[key].measured
-        name = next((key for key in usable if fits(key)), None)
-        fastest = size and fastest_measured(operation, jax.devices()[0].device_kind, *size)
-        if fastest in usable:
-            name = fastest
-        elif fastest in reasons:
-            _log_once(f"{operation}: {name!r} in place of {fastest!r}, because {reasons[fastest]}")
-        if name is None:
-            raise ValueError(f"{operation}: no implementation runs here on {platform!r}: {reasons}")
+        name = _choice(operation, table, reason, size)
     elif name not in table:
         raise ValueError(
             f"{operation}: unknown implementation {name!r}; choose one of {sorted(table)}"
         )
-    elif reasons[name] is not None:
+    elif reason(name) is not None:
         raise ValueError(
-            f"{operation}: implementation {name!r} does not support this call: {reasons[name]}."
-            f" Usable here: {usable}"
+            f"{operation}: implementation {name!r} does not support this call: {reason(name)}."
+            f" Usable here: {[key for key in table if reason(key) is None]}"
         )
     return table[name].run(*args, **kwargs)
+
+
+def _choice(operation: str, table, reason: Callable[[str], str | None], size) -> str:
+    """The fastest as measured, or else the first of the table that supports the call."""
+    platform = jax.default_backend()
+    fastest = size and fastest_measured(operation, jax.devices()[0].device_kind, *size)
+    if fastest in table and reason(fastest) is None:
+        return fastest
+    for name, entry in table.items():
+        if platform in entry.platforms and not entry.measured and reason(name) is None:
+            if fastest in table:
+                _log_once(
+                    f"{operation}: {name!r} in place of {fastest!r}, because {reason(fastest)}"
+                )
+            return name
+    reasons = {name: reason(name) for name in table}
+    raise ValueError(f"{operation}: no implementation runs here on {platform!r}: {reasons}")
 
 
 @functools.cache

@@ -25,27 +25,15 @@ def per_device(function: Callable[..., Any], inputs: Any, outputs: Any) -> Calla
     """
 
     def call(*arrays):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        mesh = _divided()
+        if mesh is None:
             return function(*arrays)
-        axes = {
-            "B": tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names),
-            "H": (HEAD_AXIS,) if HEAD_AXIS in mesh.axis_names else (),
-        }
-
-        def spec(dimensions: str, array=None):
-            for i, dimension in enumerate(dimensions):
-                ways = math.prod(mesh.shape[axis] for axis in axes.get(dimension, ()))
-                if array is not None and array.shape[i] % ways:
-                    what = "rows" if dimension == "B" else "heads"
-                    raise ValueError(
-                        f"{array.shape[i]} {what} cannot be divided among the {ways} devices of"
-                        f" the mesh axes {', '.join(axes[dimension])}"
-                    )
-            return PartitionSpec(*(axes.get(dimension) for dimension in dimensions))
-
+        reason = not_divided(inputs, arrays)
+        if reason is not None:
+            raise ValueError(reason)
+        spec = lambda dimensions: PartitionSpec(*(_axes(mesh).get(d) for d in dimensions))
         in_specs = jax.tree.map(
-            lambda dims, array: None if array is None else spec(dims, array), inputs, arrays
+            lambda dims, array: None if array is None else spec(dims), inputs, arrays
         )
         out_specs = jax.tree.map(spec, outputs)
         run = jax.shard_map(
@@ -54,6 +42,39 @@ def per_device(function: Callable[..., Any], inputs: Any, outputs: Any) -> Calla
         return run(*arrays)
 
     return call
+
+
+def not_divided(inputs: Any, arrays: Any) -> str | None:
+    """Which rows or heads of the arrays the ambient mesh does not divide; None if it does."""
+    mesh = _divided()
+    if mesh is None:
+        return None
+    present = jax.tree.map(lambda dims, array: None if array is None else dims, inputs, arrays)
+    for dimensions, array in zip(jax.tree.leaves(present), jax.tree.leaves(arrays), strict=True):
+        for dimension, size in zip(dimensions, array.shape, strict=True):
+            axes = _axes(mesh).get(dimension, ())
+            ways = math.prod(mesh.shape[axis] for axis in axes)
+            if size % ways:
+                what = "rows" if dimension == "B" else "heads"
+                return (
+                    f"{size} {what} cannot be divided among the {ways} devices of the mesh axes"
+                    f" {', '.join(axes)}"
+                )
+    return None
+
+
+def _divided() -> Any:
+    """The ambient mesh, or None if it leaves nothing to divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual else mesh
+
+
+def _axes(mesh) -> dict[str, tuple[str, ...]]:
+    """The axes of the mesh along which a dimension is divided."""
+    axes = {"B": BATCH_AXES, "H": (HEAD_AXIS,)}
+    return {
+        d: tuple(axis for axis in given if axis in mesh.axis_names) for d, given in axes.items()
+    }
 
 
 def varying(shapes: list[jax.ShapeDtypeStruct], inputs: list[jax.Array]) -> Any:

@@ -8,11 +8,14 @@ import numpy as np
 from .. import dispatch
 from ..backends import Backend, implementation as implementation_of
 from ..dtypes import accumulation_dtype
-from . import pallas_gpu, pallas_tpu, reference, xla
+from . import native_cpu, pallas_gpu, pallas_tpu, reference, xla
 from .contract import CONTRACT
 
 BACKENDS = {
     "xla": Backend(xla.forward, xla.backward),
+    "native_cpu": Backend(
+        *(native_cpu.forward, native_cpu.backward, native_cpu.supports), divisible=False
+    ),
     "pallas_tpu": Backend(
         *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
     ),
@@ -27,6 +30,9 @@ IMPLEMENTATIONS = {
     ),
     "pallas_gpu": implementation_of(
         CONTRACT, BACKENDS["pallas_gpu"], platforms=("gpu",), measured=True
+    ),
+    "native_cpu": implementation_of(
+        CONTRACT, BACKENDS["native_cpu"], platforms=("cpu",), measured=True
     ),
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.delta_product_reference),

@@ -1,4 +1,4 @@
-"""Cases of the DeltaProduct scan for kernels that are interpreted, and what the definition says."""
+"""Cases of the DeltaProduct scan for its kernels, and what the definition says."""
 
 import dataclasses
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scanax.kernels.delta_product import native_cpu
 from scanax.kernels.delta_product.reference import delta_product_reference
 
+# What runs on any machine; the kernels in C++ need a compiler (``test_native.py`` says if not).
+IMPLEMENTATIONS = ("reference", "xla", *(("native_cpu",) if native_cpu.why_not() is None else ()))
 NAMES = ("q", "k", "v", "beta", "g", "state")
 
 

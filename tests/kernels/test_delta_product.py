@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 
+from delta_product_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,6 @@ import pytest
 
 from scanax.kernels import delta_product, delta_product_step
 from scanax.kernels.delta_product import chunk as chunk_lib
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +163,11 @@ def test_split_rows_and_single_tokens_continue_the_state(implementation):
     np.testing.assert_allclose(state, final, atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])
-def test_chunk_size_does_not_matter(chunk_size):
+def test_chunk_size_does_not_matter(chunk_size, implementation):
     inputs = arrays(Case((1, 13, 2, 4, 4, 3), gated=True))
-    expected, actual = (run_forward(inputs, "xla", chunk_size=c) for c in (4, chunk_size))
+    expected, actual = (run_forward(inputs, implementation, chunk_size=c) for c in (4, chunk_size))
     np.testing.assert_allclose(actual[0], expected[0], atol=2e-6)
     np.testing.assert_allclose(actual[1], expected[1], atol=2e-6)
 

@@ -7,6 +7,7 @@ common shapes, so that they share compiled programs. The errors are max|x - ref|
 import functools
 import pathlib
 
+from delta_product_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ PADDED = {"B": 4, "H": 3, "K": 32, "V": 32}
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 RUNS = [
     (name, implementation, dtype)
-    for implementation in ("reference", "xla")
+    for implementation in IMPLEMENTATIONS
     for dtype in TOLERANCES
     for name in (
         CASES_REFERENCE_FLOAT64 if (implementation, dtype) == ("reference", "float64") else CASES
@@ -132,7 +133,7 @@ def error(x, reference) -> float:
     return np.max(np.abs(x - reference)) / np.max(np.abs(reference))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_golden(implementation):
     golden = dict(np.load(GOLDEN / "rec_nh3_ungated_varlen.npz"))
     lengths = np.diff(golden["cu_seqlens"])

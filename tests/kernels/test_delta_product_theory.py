@@ -6,6 +6,7 @@ so A is read off as the state after one token that begins at the identity.
 
 import functools
 
+from delta_product_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_every_permutation_is_at_most_points_minus_one_reflections(name):
         np.testing.assert_allclose(transition(keys, beta), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CONSTRUCTIONS)
 def test_hand_built_layers_solve_their_group(golden, name, implementation):
     """Words of 2,048 elements, four times the paper's longest: every prefix product is right."""

@@ -1,0 +1,92 @@
+"""Kernels in C++ for CPUs: compiled for this machine when they are first used, and kept.
+
+The compiler is ``$CXX``, or the first of g++ and clang++ that is found. What it makes is kept in
+``$XDG_CACHE_HOME/scanax`` (``~/.cache/scanax``) by a name that depends on the source, the compiler,
+the machine's instructions and the headers of jaxlib, so that nothing stale is ever loaded.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+from absl import logging
+import jax
+import jaxlib
+
+from .per_device import varying
+
+HEADER = pathlib.Path(__file__).with_name("native.h")
+OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
+
+
+@functools.cache
+def why_not(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
+    """Makes the functions of a source file targets of ``jax.ffi.ffi_call``, or says why not.
+
+    Args:
+      source: a C++ file that defines XLA FFI handlers.
+      functions: names of handlers. Their targets are called ``scanax_`` and the name.
+    """
+    if jax.default_backend() != "cpu":
+        return f"it runs on CPU, not on {jax.default_backend()}"
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        return f"there is no C++ compiler ({' or '.join(names)}); CXX can name one"
+    try:
+        library = ctypes.CDLL(str(_compiled(source, compiler)))
+    except subprocess.CalledProcessError as error:
+        said = next((x for x in error.stderr.splitlines() if "error" in x), error.stderr)
+        return f"{compiler} did not compile {source.name}: {said.strip()}"
+    except OSError as error:
+        return f"what {source.name} is compiled to cannot be kept: {error}; set XDG_CACHE_HOME"
+    for name in functions:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"scanax_{name}", handler, platform="cpu")
+    return None
+
+
+def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs: list[jax.Array], **attributes):
+    """Calls a function of which :func:`why_not` said None, also inside ``jax.shard_map``."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in inputs]
+    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    inputs = [
+        jax.lax.pcast(x, more, to="varying") if more else x
+        for x, more in zip(inputs, missing, strict=True)
+    ]
+    outputs = varying(outputs, [x for x in inputs if x.size])
+    function = jax.ffi.ffi_call(f"scanax_{name}", outputs, vmap_method="sequential")
+    return function(*inputs, **attributes)
+
+
+def _compiled(source: pathlib.Path, compiler: str) -> pathlib.Path:
+    """The library of a source file, from where it is kept or compiled now."""
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    macros = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    what = (source.read_text(), HEADER.read_text(), macros, jaxlib.__version__, *OPTIONS)
+    name = f"{source.parent.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    path = pathlib.Path(home) / "scanax" / name
+    if path.exists():
+        return path
+    logging.info("Compiling %s with %s, once.", source.name, compiler)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    include = (f"-I{HEADER.parent}", "-isystem", jax.ffi.include_dir())
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = pathlib.Path(folder) / name
+        run([compiler, *OPTIONS, *include, str(source), "-o", str(new)])
+        new.replace(path)  # in one step: other processes may be at it too
+    return path
