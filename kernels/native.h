@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -202,6 +204,42 @@ void write_rows(int rows, int width, const T* from, ptrdiff_t from_row, T factor
   read_rows(rows, width, from, from_row, factor, to, to_row);
 }
 
+// `to` = factor * `from`, which may be the same.
+template <typename T>
+inline void scale_row(T factor, const T* from, T* to, int width) {
+  for (int i = 0; i < width; i += kLanes<T>) store<T>(to + i, factor * load<T>(from + i));
+}
+
+// exp(x) for x <= 0, to two units in the last place; 0 where float32 would be subnormal.
+template <typename T>
+inline Vector<T> exp_nonpositive(Vector<T> x) {
+  if constexpr (std::is_same_v<T, float>) {
+    typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+    // x = n log 2 + y, |y| <= log(2) / 2; adding 1.5 * 2^23 rounds n into the low bits.
+    const Vector<T> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const Vector<T> y = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector<T> p = 1.98756915e-4f * y + 1.39819995e-3f;
+    p = p * y + 8.33345190e-3f;
+    p = p * y + 4.16657959e-2f;
+    p = p * y + 1.66666655e-1f;
+    p = p * y + 5.00000012e-1f;
+    p = p * y * y + y + 1.0f;
+    Integers bits;
+    std::memcpy(&bits, &p, sizeof p);
+    Integers power;
+    std::memcpy(&power, &shifted, sizeof power);
+    bits += power << 23;  // times 2^n
+    Vector<T> result;
+    std::memcpy(&result, &bits, sizeof result);
+    result = x != x ? x : result;
+    return x < -87.0f ? Vector<T>{} : result;
+  } else {
+    Vector<T> result;
+    for (int lane = 0; lane < kLanes<T>; ++lane) result[lane] = std::exp(x[lane]);
+    return result;
+  }
+}
+
 template <typename T>
 T dot(const T* a, const T* b, int size) {
   Vector<T> sums[4] = {};
@@ -265,6 +303,36 @@ inline void among_threads(xla::ffi::ThreadPool& pool, int64_t items,
   state->closed = true;
   state->idle.wait(lock, [&] { return state->working == 0; });
   if (state->error) std::rethrow_exception(state->error);
+}
+
+// Pointers to what row b and head h have of an array [B, ..., H, width]; null for an empty array.
+template <typename T>
+T* of_head(xla::ffi::AnyBuffer array, int64_t batch, int64_t b, int64_t h, int64_t width) {
+  if (array.element_count() == 0) return nullptr;
+  return static_cast<T*>(array.untyped_data()) + array.element_count() / batch * b + h * width;
+}
+
+// The index-th of the parts of an array, which are `size` long.
+template <typename T>
+T* part(xla::ffi::AnyBuffer array, int64_t index, int64_t size) {
+  return static_cast<T*>(array.untyped_data()) + index * size;
+}
+
+// Calls run(T{}) for the type T of an array; exceptions become errors.
+template <typename Run>
+inline xla::ffi::Error by_type(xla::ffi::AnyBuffer q, Run run) {
+  try {
+    if (q.element_type() == xla::ffi::F32) {
+      run(float{});
+    } else if (q.element_type() == xla::ffi::F64) {
+      run(double{});
+    } else {
+      return xla::ffi::Error::InvalidArgument("kernels for CPU take float32 and float64");
+    }
+  } catch (const std::exception& error) {
+    return xla::ffi::Error::Internal(error.what());
+  }
+  return xla::ffi::Error::Success();
 }
 
 }  // namespace scanax

@@ -16,6 +16,7 @@ import tempfile
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 from .per_device import varying
@@ -70,6 +71,11 @@ def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs: list[jax.Array]
     outputs = varying(outputs, [x for x in inputs if x.size])
     function = jax.ffi.ffi_call(f"scanax_{name}", outputs, vmap_method="sequential")
     return function(*inputs, **attributes)
+
+
+def or_nothing(x, dtype) -> jax.Array:
+    """None as an array without entries."""
+    return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
 
 
 def _compiled(source: pathlib.Path, compiler: str) -> pathlib.Path:

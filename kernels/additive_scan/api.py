@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from .. import dispatch
 from ..backends import Backend, implementation as implementation_of
 from ..dtypes import accumulation_dtype
-from . import attention, pallas_gpu, pallas_tpu, reference, xla
+from . import attention, native_cpu, pallas_gpu, pallas_tpu, reference, xla
 from .contract import CONTRACT
 
 BACKENDS = {
     "xla": Backend(xla.forward, xla.backward),
+    "native_cpu": Backend(
+        *(native_cpu.forward, native_cpu.backward, native_cpu.supports), divisible=False
+    ),
     "pallas_tpu": Backend(
         *(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.supports), divisible=False
     ),
@@ -27,6 +30,9 @@ IMPLEMENTATIONS = {
     ),
     "pallas_gpu": implementation_of(
         CONTRACT, BACKENDS["pallas_gpu"], platforms=("gpu",), measured=True
+    ),
+    "native_cpu": implementation_of(
+        CONTRACT, BACKENDS["native_cpu"], platforms=("cpu",), measured=True
     ),
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
@@ -65,7 +71,8 @@ def additive_scan(
         value S; (0, -inf) if None. With z None or -inf, S does not decay at the first token.
       mask: [B, T] bool, True = a token. Where False the state stays and o is 0; v must be finite.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu", or None for the fastest here.
+      implementation: "reference", "xla", "native_cpu", "pallas_tpu", "pallas_gpu", or None for the
+        fastest here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

@@ -68,7 +68,8 @@ def delta_product(
       scale: factor on o; K**-0.5 if None.
       initial_state: [B, H, K, V]; zeros if None. It belongs to the first token's segment.
       segment_ids: [B, T] integers; the state is cleared wherever the id changes.
-      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu", or None for the fastest here.
+      implementation: "reference", "xla", "native_cpu", "pallas_tpu", "pallas_gpu", or None for the
+        fastest here.
       chunk_size: tokens per chunk of the chunked implementations, rounded up to a power of two;
         None picks it.
 

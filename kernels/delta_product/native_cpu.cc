@@ -13,12 +13,6 @@ namespace ffi = xla::ffi;
 namespace scanax {
 namespace {
 
-// `to` = factor * `from`, which may be the same.
-template <typename T>
-inline void scale_row(T factor, const T* from, T* to, int width) {
-  for (int i = 0; i < width; i += kLanes<T>) store<T>(to + i, factor * load<T>(from + i));
-}
-
 template <typename T, int kVectors>
 inline void subtract(const T* m, ptrdiff_t m_step, int begin, int end, const T* x, int width,
                      T* row) {
@@ -267,24 +261,16 @@ class Backward {
   }
 };
 
-// Pointers to what row b and head h have of an array [B, T, (N,) H, width].
-template <typename T>
-T* of_head(ffi::AnyBuffer array, int64_t b, int64_t h, const Shape& shape, int64_t width) {
-  if (array.element_count() == 0) return nullptr;
-  const int64_t row = array.element_count() / shape.batch;
-  return static_cast<T*>(array.untyped_data()) + b * row + h * width;
-}
-
 template <typename T>
 Inputs<T> inputs_of_head(int64_t b, int64_t h, const Shape& shape, double scale, ffi::AnyBuffer q,
                          ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer beta,
                          ffi::AnyBuffer g, ffi::AnyBuffer run) {
-  return {of_head<const T>(q, b, h, shape, shape.key),
-          of_head<const T>(k, b, h, shape, shape.key),
-          of_head<const T>(v, b, h, shape, shape.value),
-          of_head<const T>(beta, b, h, shape, 1),
-          of_head<const T>(g, b, h, shape, 1),
-          of_head<const int32_t>(run, b, 0, shape, 1),
+  return {of_head<const T>(q, shape.batch, b, h, shape.key),
+          of_head<const T>(k, shape.batch, b, h, shape.key),
+          of_head<const T>(v, shape.batch, b, h, shape.value),
+          of_head<const T>(beta, shape.batch, b, h, 1),
+          of_head<const T>(g, shape.batch, b, h, 1),
+          of_head<const int32_t>(run, shape.batch, b, 0, 1),
           static_cast<T>(scale)};
 }
 
@@ -307,21 +293,21 @@ void forward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyBu
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t b = item / shape.heads, h = item % shape.heads;
       const auto in = inputs_of_head<T>(b, h, shape, scale, q, k, v, beta, g, run);
-      T* out = of_head<T>(o, b, h, shape, shape.value);
-      auto write_state = [&](ffi::AnyBuffer to, int64_t x) {
-        T* at = static_cast<T*>(to.untyped_data()) + (x * items + item) * size;
-        write_rows<T>(shape.key, shape.value, now, V, 1, at, shape.value);
+      T* out = of_head<T>(o, shape.batch, b, h, shape.value);
+      auto write_state = [&](T* to) {
+        write_rows<T>(shape.key, shape.value, now, V, 1, to, shape.value);
       };
-      read_rows<T>(shape.key, shape.value, static_cast<T*>(state.untyped_data()) + item * size,
-                   shape.value, 1, now, V);
+      read_rows<T>(shape.key, shape.value, part<T>(state, item, size), shape.value, 1, now, V);
       for (int64_t t = 0; t < shape.tokens; t += shape.chunk) {
-        if (t % shape.stride == 0) write_state(starts, t / shape.stride);
+        if (t % shape.stride == 0) {
+          write_state(part<T>(starts, t / shape.stride * items + item, size));
+        }
         chunk.prepare(in, t);
         chunk.pass_state(now, now);
         const int64_t token = shape.heads * shape.value;
         write_rows<T>(chunk.tokens, shape.value, chunk.outputs(), V, 1, out + t * token, token);
       }
-      write_state(final, 0);
+      write_state(part<T>(final, item, size));
     }
   });
 }
@@ -349,18 +335,16 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyB
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t b = item / shape.heads, h = item % shape.heads;
       const auto in = inputs_of_head<T>(b, h, shape, scale, q, k, v, beta, g, run);
-      const Gradients<T> out = {of_head<T>(dq, b, h, shape, shape.key),
-                                of_head<T>(dk, b, h, shape, shape.key),
-                                of_head<T>(dv, b, h, shape, shape.value),
-                                of_head<T>(dbeta, b, h, shape, 1),
-                                of_head<T>(dg, b, h, shape, 1)};
-      const T* dout_head = of_head<const T>(dout, b, h, shape, shape.value);
-      auto state_at = [&](ffi::AnyBuffer array, int64_t x) {
-        return static_cast<T*>(array.untyped_data()) + (x * items + item) * size;
-      };
-      read_rows<T>(shape.key, shape.value, state_at(dfinal, 0), shape.value, 1, dnow, V);
+      const Gradients<T> out = {of_head<T>(dq, shape.batch, b, h, shape.key),
+                                of_head<T>(dk, shape.batch, b, h, shape.key),
+                                of_head<T>(dv, shape.batch, b, h, shape.value),
+                                of_head<T>(dbeta, shape.batch, b, h, 1),
+                                of_head<T>(dg, shape.batch, b, h, 1)};
+      const T* dout_head = of_head<const T>(dout, shape.batch, b, h, shape.value);
+      read_rows<T>(shape.key, shape.value, part<T>(dfinal, item, size), shape.value, 1, dnow, V);
       for (int64_t x = strides - 1; x >= 0; --x) {
-        read_rows<T>(shape.key, shape.value, state_at(starts, x), shape.value, 1, states[0], V);
+        read_rows<T>(shape.key, shape.value, part<T>(starts, x * items + item, size),
+                     shape.value, 1, states[0], V);
         int count = 0;
         const int64_t end = std::min((x + 1) * shape.stride, shape.tokens);
         for (int64_t t = x * shape.stride; t < end; t += shape.chunk, ++count) {
@@ -371,25 +355,9 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyB
           reverse(chunks[count], in, dout_head, states[count], states[count + 1], dnow, out);
         }
       }
-      write_rows<T>(shape.key, shape.value, dnow, V, 1, state_at(dstate, 0), shape.value);
+      write_rows<T>(shape.key, shape.value, dnow, V, 1, part<T>(dstate, item, size), shape.value);
     }
   });
-}
-
-template <typename Run>
-ffi::Error by_type(ffi::AnyBuffer q, Run run) {
-  try {
-    if (q.element_type() == ffi::F32) {
-      run(float{});
-    } else if (q.element_type() == ffi::F64) {
-      run(double{});
-    } else {
-      return ffi::Error::InvalidArgument("delta_product on CPU takes float32 and float64");
-    }
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
 }
 
 using In = ffi::AnyBuffer;

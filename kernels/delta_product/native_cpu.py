@@ -31,7 +31,7 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     starts = shape((-(-tokens // stride), *state.shape), state.dtype)
     o = shape((batch, tokens, heads, v.shape[-1]), state.dtype)
     outputs = [o, shape(state.shape, state.dtype), starts]
-    inputs = [*_inputs(state.dtype, q, k, v, beta, g), state, _or_nothing(run, jnp.int32)]
+    inputs = [*_inputs(state.dtype, q, k, v, beta, g), state, native.or_nothing(run, jnp.int32)]
     o, final, starts = _call("forward", outputs, inputs, scale, chunk, stride)
     return o.astype(q.dtype), final, starts
 
@@ -42,7 +42,7 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     inputs = _inputs(dtype, q, k, v, beta, g)
     outputs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (*inputs, final)]
     given = (do.astype(dtype), dfinal.astype(dtype))
-    inputs = [*inputs, _or_nothing(run, jnp.int32), starts, *given]
+    inputs = [*inputs, native.or_nothing(run, jnp.int32), starts, *given]
     *gradients, dstate = _call("backward", outputs, inputs, scale, chunk, stride)
     pairs = zip(gradients, (q, k, v, beta, g), strict=True)
     return *(None if x is None else dx.astype(x.dtype) for dx, x in pairs), dstate
@@ -56,9 +56,4 @@ def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: i
 
 
 def _inputs(dtype, q, k, v, beta, g):
-    return (*(x.astype(dtype) for x in (q, k, v, beta)), _or_nothing(g, dtype))
-
-
-def _or_nothing(x, dtype) -> jax.Array:
-    """None as an array without entries."""
-    return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
+    return (*(x.astype(dtype) for x in (q, k, v, beta)), native.or_nothing(g, dtype))

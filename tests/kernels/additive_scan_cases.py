@@ -1,4 +1,4 @@
-"""Cases of the additive scan for kernels that are interpreted, and its definition.
+"""Cases of the additive scan for its kernels, and its definition.
 
 The rows of a batch hold keys of all kinds.
 """
@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scanax.kernels.additive_scan import reference
+from scanax.kernels.additive_scan import native_cpu, reference
+
+# What runs on any machine; the kernels in C++ need a compiler (``test_native.py`` says if not).
+IMPLEMENTATIONS = ("reference", "xla", *(("native_cpu",) if native_cpu.why_not() is None else ()))
 
 KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty")
 SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,))  # of the rows

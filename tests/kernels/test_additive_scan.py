@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from additive_scan_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,6 @@ from scanax.kernels.additive_scan import attention, quotients
 
 # Programs that run once: most of the time is compilation. The goldens' are compiled in full.
 pytestmark = pytest.mark.usefixtures("hurried_compiler")
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,5 +288,6 @@ def test_one_reference_serves_until_keys_rise_too_far(rise):
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x), jnp.float64) for name, x in inputs.items()}
         expected, _ = additive_scan(**wide, implementation="reference")
-    o, _ = additive_scan(**inputs, implementation="xla", chunk_size=16)
-    np.testing.assert_allclose(o, expected, atol=2e-6)
+    for implementation in IMPLEMENTATIONS[1:]:
+        o, _ = additive_scan(**inputs, implementation=implementation, chunk_size=16)
+        np.testing.assert_allclose(o, expected, atol=2e-6)

@@ -8,6 +8,7 @@ import functools
 import json
 import pathlib
 
+from additive_scan_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ FIELDS = {
 }
 PADDED = {"B": 5, "T": 130, "H": 3, "K": 16, "V": 16}
 EXTREME = ("extreme50", "ramp_up", "ramp_down", "d2_extreme")
-RUNS = [(i, d) for i in ("reference", "xla") for d in ("float32", "float64")]
+RUNS = [(i, d) for i in IMPLEMENTATIONS for d in ("float32", "float64")]
 
 
 def cases(file) -> dict[str, dict]:

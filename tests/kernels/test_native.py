@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import additive_scan_cases as additive_cases
 from delta_product_cases import NAMES, Case, arrays, cotangents, defined, runs
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from scanax.kernels import backends, native
+from scanax.kernels.additive_scan import api as additive_api
+from scanax.kernels.additive_scan.contract import CONTRACT as ADDITIVE
 from scanax.kernels.delta_product import api, native_cpu
 from scanax.kernels.delta_product.contract import CONTRACT
 
@@ -74,6 +77,44 @@ def test_forward_and_backward_of_different_backends(names):
     actual, expected = (computed(case, inputs, x) for x in (names, ("xla", "xla")))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-5)
+
+
+KEYS = {
+    "all kinds of keys": additive_cases.Case(70, 2, (32, 64), 64, segments=True),
+    "rest of vectors, factors": additive_cases.Case(45, 3, (20, 24), 16, factors=True),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", [("native_cpu", "native_cpu"), ("xla", "native_cpu")])
+@pytest.mark.parametrize("case", KEYS.values(), ids=KEYS.keys())
+def test_additive_scan(case, names):
+    inputs, cotangents = additive_cases.arrays(case)
+    with jax.enable_x64(True):
+        wide = lambda x: np.asarray(x, x.dtype if x.dtype == jnp.int32 else np.float64)
+        define = jax.jit(additive_cases.definition)
+        expected = jax.device_get(define(*jax.tree.map(wide, (inputs, cotangents))))
+    *inputs, run = inputs
+    reset = None if run is None else jnp.diff(run, axis=1, prepend=0) > 0
+    forward, backward = (additive_api.BACKENDS[name] for name in names)
+    options = {"scale": 0.3, "chunk_size": None, "contract": ADDITIVE}
+    scan = functools.partial(backends.scan, forward=forward, backward=backward, **options)
+
+    @jax.jit
+    def both(inputs, cotangents):
+        outputs, pull = jax.vjp(lambda *inputs: scan(*inputs, reset), *inputs)
+        return outputs, pull(cotangents)
+
+    actual = jax.device_get(both(inputs, cotangents))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        there = np.isfinite(e)
+        assert (np.isfinite(a) == there).all()  # z alone may be -inf
+        for kind, row, expected_row in zip(case.kinds, a, np.where(there, e, 0), strict=True):
+            row = np.where(np.isfinite(row), row, 0)
+            largest = max(np.abs(expected_row).max(), 0.1)
+            # The other backends round z at every chunk, here of some 300.
+            tolerance = 1e-5 if set(names) == {"native_cpu"} else 1e-4
+            assert np.abs(row - expected_row).max() <= tolerance * largest, kind
 
 
 @needs_compiler

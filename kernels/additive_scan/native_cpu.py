@@ -1,0 +1,56 @@
+"""The additive scan on CPU in C++ (``native_cpu.cc``), exact for keys of any size."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import native
+
+SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+CHUNK = 16  # tokens: more cost more within the chunk than they save at the state
+
+
+def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
+    """Why these arguments of ``forward`` do not fit, or None."""
+    del q, k, v, f, state, run, scale, chunk, stride
+    return why_not()
+
+
+def why_not() -> str | None:
+    """Why these functions cannot run on this machine, or None."""
+    return native.why_not(SOURCE, ("additive_scan_forward", "additive_scan_backward"))
+
+
+def forward(q, k, v, f, state, run, *, scale, chunk, stride):
+    """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
+    dtype, strides = state[0].dtype, -(-q.shape[1] // stride)
+    final = [jax.ShapeDtypeStruct(x.shape, dtype) for x in state]
+    starts = [jax.ShapeDtypeStruct((strides, *x.shape), dtype) for x in state]
+    o = jax.ShapeDtypeStruct(v.shape, dtype)
+    inputs = (*_inputs(dtype, q, k, v, f), *state, native.or_nothing(run, jnp.int32))
+    o, *states = _call("forward", [o, *final, *starts], inputs, scale, chunk, stride)
+    return o.astype(q.dtype), tuple(states[:2]), tuple(states[2:])
+
+
+def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
+    """Gradients of the inputs and of the initial state, as in ``backends.py``."""
+    dtype = starts[0].dtype
+    inputs = _inputs(dtype, q, k, v, f)
+    outputs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (*inputs, *final)]
+    given = (*starts, final[0], *(x.astype(dtype) for x in (do, *dfinal)))
+    inputs = (*inputs, native.or_nothing(run, jnp.int32), *given)
+    *gradients, ds, dz = _call("backward", outputs, inputs, scale, chunk, stride)
+    pairs = zip(gradients, (q, k, v, f), strict=True)
+    return *(None if x is None else dx.astype(x.dtype) for dx, x in pairs), (ds, dz)
+
+
+def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: int):
+    sizes = {"chunk": np.int64(chunk or min(CHUNK, stride)), "stride": np.int64(stride)}
+    name = f"additive_scan_{name}"
+    return native.call(name, outputs, inputs, scale=np.float64(scale), **sizes)
+
+
+def _inputs(dtype, q, k, v, f):
+    return (*(x.astype(dtype) for x in (q, k, v)), native.or_nothing(f, dtype))
