@@ -77,12 +77,13 @@ def call(
 def _choice(operation: str, table, reason: Callable[[str], str | None], size) -> str:
     """The fastest as measured, or else the first of the table that supports the call."""
     platform = jax.default_backend()
-    fastest = size and fastest_measured(operation, jax.devices()[0].device_kind, *size)
-    if fastest in table and reason(fastest) is None:
+    device = jax.devices()[0].device_kind
+    fastest = None if size is None else fastest_measured(operation, device, *size)
+    if fastest is not None and fastest in table and reason(fastest) is None:
         return fastest
     for name, entry in table.items():
         if platform in entry.platforms and not entry.measured and reason(name) is None:
-            if fastest in table:
+            if fastest is not None and fastest in table:
                 _log_once(
                     f"{operation}: {name!r} in place of {fastest!r}, because {reason(fastest)}"
                 )

@@ -8,6 +8,7 @@ the machine's instructions and the headers of jaxlib, so that nothing stale is e
 import ctypes
 import functools
 import hashlib
+from importlib.metadata import version
 import os
 import pathlib
 import shutil
@@ -17,7 +18,6 @@ import tempfile
 from absl import logging
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from .per_device import varying
 
@@ -82,7 +82,7 @@ def _compiled(source: pathlib.Path, compiler: str) -> pathlib.Path:
     """The library of a source file, from where it is kept or compiled now."""
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     macros = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout
-    what = (source.read_text(), HEADER.read_text(), macros, jaxlib.__version__, *OPTIONS)
+    what = (source.read_text(), HEADER.read_text(), macros, version("jaxlib"), *OPTIONS)
     name = f"{source.parent.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     path = pathlib.Path(home) / "scanax" / name
