@@ -28,7 +28,7 @@ HEADS = 4
 
 def define_flags() -> None:
     """For the command alone: a process that imports this module may have others of these names."""
-    flags.DEFINE_list("lengths", ["4", "32", "256", "2048"], "T, tokens.")
+    flags.DEFINE_list("lengths", ["1", "4", "32", "256", "2048"], "T, tokens.")
     flags.DEFINE_list("widths", ["16", "64", "128"], "K = V.")
     flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
     flags.DEFINE_string("out", str(FILE), "The file that is updated.")
@@ -71,11 +71,9 @@ def row(operation: str, device: str, tokens: int, width: int, repetitions: int) 
         for name in names
     }
     times = {name: [] for name in calls}
-    for number in range(1 + repetitions):
+    for _ in range(repetitions):
         for name, call in calls.items():
-            value = call()
-            if number:  # the first compiles
-                times[name].append(value)
+            times[name].append(bench.settled(call))  # the first call compiles
     median = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(median, key=lambda name: median[name])
     over = {name: round(value / median[fastest], 2) for name, value in median.items()}

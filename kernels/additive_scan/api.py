@@ -37,6 +37,8 @@ IMPLEMENTATIONS = {
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.additive_scan_reference),
 }
+# Of a single token: the chunked forms of plain JAX would compute for a chunk.
+STEPS = {name: IMPLEMENTATIONS[name] for name in ("native_cpu", "reference")}
 
 
 def additive_scan(
@@ -128,11 +130,21 @@ def additive_step(
     Returns:
       o [B, H, V] in q's dtype, and the next state in the state's dtype.
     """
-    f = None if k_factor is None else k_factor[:, None]
-    _check("additive_step", q[:, None], k[:, None], v[:, None], f, *state, None, None)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    time = lambda x: None if x is None else x[:, None]
+    _check("additive_step", time(q), time(k), time(v), time(k_factor), *state, None, None)
+    dtype = accumulation_dtype(q.dtype)
     k = _widen(k, q.shape[-1])
-    return reference.additive_step(q, k, v, k_factor, state, scale=scale)
+    o, new = dispatch.call(
+        "additive_scan",
+        STEPS,
+        None,
+        *(time(q), time(k), time(v), time(k_factor)),
+        *(jax.tree.map(lambda x: x.astype(dtype), tuple(state)), None),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        chunk_size=None,
+        size=(1, q.shape[-1]),
+    )
+    return o[:, 0], jax.tree.map(lambda x, old: x.astype(old.dtype), new, tuple(state))
 
 
 def additive_attention(

@@ -340,7 +340,7 @@ void forward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyBu
       T* out = of_head<T>(o, shape.batch, b, h, shape.value);
       state.read(part<T>(s, item, size), part<T>(z, item, shape.key));
       for (int64_t t = 0; t < shape.tokens; t += chunk.tokens) {
-        if (t % shape.stride == 0) {
+        if (starts_s.element_count() != 0 && t % shape.stride == 0) {
           const int64_t x = t / shape.stride;
           state.write(part<T>(starts_s, x * items + item, size),
                       part<T>(starts_z, x * items + item, shape.key));
@@ -469,8 +469,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_forward, scanax::run_forward,
                                   .Ret<ffi::AnyBuffer>()    // o
                                   .Ret<ffi::AnyBuffer>()    // final S
                                   .Ret<ffi::AnyBuffer>()    // final z
-                                  .Ret<ffi::AnyBuffer>()    // S at the starts
-                                  .Ret<ffi::AnyBuffer>());  // z at the starts
+                                  .Ret<ffi::AnyBuffer>()    // S at the starts, or of size 0
+                                  .Ret<ffi::AnyBuffer>());  // z at the starts, or of size 0
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_backward, scanax::run_backward,
                               ffi::Ffi::Bind()

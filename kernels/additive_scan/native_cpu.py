@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import native
+from ..rows import power_of_two
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 CHUNK = 16  # tokens: more cost more within the chunk than they save at the state
@@ -27,11 +28,14 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
     dtype, strides = state[0].dtype, -(-q.shape[1] // stride)
     final = [jax.ShapeDtypeStruct(x.shape, dtype) for x in state]
-    starts = [jax.ShapeDtypeStruct((strides, *x.shape), dtype) for x in state]
+    # A single stride begins with what the row begins with: one state less to write.
+    written = strides if strides > 1 else 0
+    starts = [jax.ShapeDtypeStruct((written, *x.shape), dtype) for x in state]
     o = jax.ShapeDtypeStruct(v.shape, dtype)
     inputs = (*_inputs(dtype, q, k, v, f), *state, native.or_nothing(run, jnp.int32))
     o, *states = _call("forward", [o, *final, *starts], inputs, scale, chunk, stride)
-    return o.astype(q.dtype), tuple(states[:2]), tuple(states[2:])
+    starts = states[2:] if written else (x[None] for x in state)
+    return o.astype(q.dtype), tuple(states[:2]), tuple(starts)
 
 
 def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -47,7 +51,8 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
 
 
 def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: int):
-    sizes = {"chunk": np.int64(chunk or min(CHUNK, stride)), "stride": np.int64(stride)}
+    chunk = chunk or min(CHUNK, power_of_two(inputs[0].shape[1]))
+    sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
     name = f"additive_scan_{name}"
     return native.call(name, outputs, inputs, scale=np.float64(scale), **sizes)
 

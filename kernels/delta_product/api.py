@@ -37,6 +37,8 @@ IMPLEMENTATIONS = {
     "xla": implementation_of(CONTRACT, BACKENDS["xla"]),
     "reference": dispatch.Implementation(reference.delta_product_reference),
 }
+# Of a single token: the chunked forms of plain JAX would compute for a chunk.
+STEPS = {name: IMPLEMENTATIONS[name] for name in ("native_cpu", "reference")}
 
 
 def delta_product(
@@ -125,8 +127,17 @@ def delta_product_step(
     """
     time = lambda x: None if x is None else x[:, None]
     _check(time(q), time(k), time(v), time(beta), time(g), state, None, None)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.delta_product_step(q, k, v, beta, g, state, scale=scale)
+    dtype = accumulation_dtype(q.dtype)
+    o, new = dispatch.call(
+        "delta_product",
+        STEPS,
+        None,
+        *(time(q), time(k), time(v), time(beta), time(g), state.astype(dtype), None),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        chunk_size=None,
+        size=(1, q.shape[-1]),
+    )
+    return o[:, 0], new.astype(state.dtype)
 
 
 def _check(q, k, v, beta, g, state, segment_ids, chunk_size):

@@ -299,7 +299,7 @@ void forward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyBu
       };
       read_rows<T>(shape.key, shape.value, part<T>(state, item, size), shape.value, 1, now, V);
       for (int64_t t = 0; t < shape.tokens; t += shape.chunk) {
-        if (t % shape.stride == 0) {
+        if (starts.element_count() != 0 && t % shape.stride == 0) {
           write_state(part<T>(starts, t / shape.stride * items + item, size));
         }
         chunk.prepare(in, t);
@@ -398,7 +398,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_forward, scanax::run_forward,
                                   .Arg<ffi::AnyBuffer>()   // run, or of size 0
                                   .Ret<ffi::AnyBuffer>()   // o
                                   .Ret<ffi::AnyBuffer>()   // final
-                                  .Ret<ffi::AnyBuffer>());  // starts
+                                  .Ret<ffi::AnyBuffer>());  // starts, or of size 0
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_backward, scanax::run_backward,
                               ffi::Ffi::Bind()

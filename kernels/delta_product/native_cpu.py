@@ -26,14 +26,14 @@ def why_not() -> str | None:
 
 def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
-    batch, tokens, heads, _ = q.shape
-    shape = jax.ShapeDtypeStruct
-    starts = shape((-(-tokens // stride), *state.shape), state.dtype)
-    o = shape((batch, tokens, heads, v.shape[-1]), state.dtype)
-    outputs = [o, shape(state.shape, state.dtype), starts]
-    inputs = [*_inputs(state.dtype, q, k, v, beta, g), state, native.or_nothing(run, jnp.int32)]
+    dtype, strides = state.dtype, -(-q.shape[1] // stride)
+    # A single stride begins with what the row begins with: one state less to write.
+    starts = jax.ShapeDtypeStruct((strides if strides > 1 else 0, *state.shape), dtype)
+    o = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), dtype)
+    outputs = [o, jax.ShapeDtypeStruct(state.shape, dtype), starts]
+    inputs = [*_inputs(dtype, q, k, v, beta, g), state, native.or_nothing(run, jnp.int32)]
     o, final, starts = _call("forward", outputs, inputs, scale, chunk, stride)
-    return o.astype(q.dtype), final, starts
+    return o.astype(q.dtype), final, starts if strides > 1 else state[None]
 
 
 def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -49,8 +49,8 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
 
 
 def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: int):
-    steps = inputs[1].shape[2]
-    chunk = chunk or min(power_of_two(max(1, MICRO_STEPS // steps) + 1) // 2, stride)
+    tokens, steps = inputs[1].shape[1:3]
+    chunk = chunk or min(power_of_two(max(1, MICRO_STEPS // steps) + 1) // 2, power_of_two(tokens))
     sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
     return native.call(f"delta_product_{name}", outputs, inputs, scale=np.float64(scale), **sizes)
 
