@@ -60,8 +60,11 @@ def why_not(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
     return None
 
 
-def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs: list[jax.Array], **attributes):
-    """Calls a function of which :func:`why_not` said None, also inside ``jax.shard_map``."""
+def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs, in_place=None, **attributes):
+    """Calls a function of which :func:`why_not` said None, also inside ``jax.shard_map``.
+
+    ``in_place``: the number of an input to that of the output that takes its place.
+    """
     axes = [jax.typeof(x).manual_axis_type.varying for x in inputs]
     missing = [tuple(frozenset().union(*axes) - own) for own in axes]
     inputs = [
@@ -69,7 +72,9 @@ def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs: list[jax.Array]
         for x, more in zip(inputs, missing, strict=True)
     ]
     outputs = varying(outputs, [x for x in inputs if x.size])
-    function = jax.ffi.ffi_call(f"scanax_{name}", outputs, vmap_method="sequential")
+    function = jax.ffi.ffi_call(
+        f"scanax_{name}", outputs, vmap_method="sequential", input_output_aliases=in_place
+    )
     return function(*inputs, **attributes)
 
 

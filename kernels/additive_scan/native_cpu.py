@@ -33,7 +33,7 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     starts = [jax.ShapeDtypeStruct((written, *x.shape), dtype) for x in state]
     o = jax.ShapeDtypeStruct(v.shape, dtype)
     inputs = (*_inputs(dtype, q, k, v, f), *state, native.or_nothing(run, jnp.int32))
-    o, *states = _call("forward", [o, *final, *starts], inputs, scale, chunk, stride)
+    o, *states = _call("forward", [o, *final, *starts], inputs, {4: 1, 5: 2}, scale, chunk, stride)
     starts = states[2:] if written else (x[None] for x in state)
     return o.astype(q.dtype), tuple(states[:2]), tuple(starts)
 
@@ -45,16 +45,16 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     outputs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (*inputs, *final)]
     given = (*starts, final[0], *(x.astype(dtype) for x in (do, *dfinal)))
     inputs = (*inputs, native.or_nothing(run, jnp.int32), *given)
-    *gradients, ds, dz = _call("backward", outputs, inputs, scale, chunk, stride)
+    *gradients, ds, dz = _call("backward", outputs, inputs, {9: 4, 10: 5}, scale, chunk, stride)
     pairs = zip(gradients, (q, k, v, f), strict=True)
     return *(None if x is None else dx.astype(x.dtype) for dx, x in pairs), (ds, dz)
 
 
-def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: int):
+def _call(name: str, outputs, inputs, in_place, scale: float, chunk: int | None, stride: int):
     chunk = chunk or min(CHUNK, power_of_two(inputs[0].shape[1]))
     sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
     name = f"additive_scan_{name}"
-    return native.call(name, outputs, inputs, scale=np.float64(scale), **sizes)
+    return native.call(name, outputs, inputs, in_place, scale=np.float64(scale), **sizes)
 
 
 def _inputs(dtype, q, k, v, f):

@@ -32,7 +32,7 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     o = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), dtype)
     outputs = [o, jax.ShapeDtypeStruct(state.shape, dtype), starts]
     inputs = [*_inputs(dtype, q, k, v, beta, g), state, native.or_nothing(run, jnp.int32)]
-    o, final, starts = _call("forward", outputs, inputs, scale, chunk, stride)
+    o, final, starts = _call("forward", outputs, inputs, {5: 1}, scale, chunk, stride)
     return o.astype(q.dtype), final, starts if strides > 1 else state[None]
 
 
@@ -43,16 +43,17 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     outputs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (*inputs, final)]
     given = (do.astype(dtype), dfinal.astype(dtype))
     inputs = [*inputs, native.or_nothing(run, jnp.int32), starts, *given]
-    *gradients, dstate = _call("backward", outputs, inputs, scale, chunk, stride)
+    *gradients, dstate = _call("backward", outputs, inputs, {8: 5}, scale, chunk, stride)
     pairs = zip(gradients, (q, k, v, beta, g), strict=True)
     return *(None if x is None else dx.astype(x.dtype) for dx, x in pairs), dstate
 
 
-def _call(name: str, outputs, inputs, scale: float, chunk: int | None, stride: int):
+def _call(name: str, outputs, inputs, in_place, scale: float, chunk: int | None, stride: int):
     tokens, steps = inputs[1].shape[1:3]
     chunk = chunk or min(power_of_two(max(1, MICRO_STEPS // steps) + 1) // 2, power_of_two(tokens))
     sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
-    return native.call(f"delta_product_{name}", outputs, inputs, scale=np.float64(scale), **sizes)
+    name = f"delta_product_{name}"
+    return native.call(name, outputs, inputs, in_place, scale=np.float64(scale), **sizes)
 
 
 def _inputs(dtype, q, k, v, beta, g):
