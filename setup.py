@@ -13,5 +13,9 @@ for folder in FOLDERS:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"scanax.kernels": ["*.json"]},
+    package_data={
+        "scanax.kernels": ["*.json", "*.h"],
+        "scanax.kernels.delta_product": ["*.cc"],
+        "scanax.kernels.additive_scan": ["*.cc"],
+    },
 )

@@ -74,10 +74,21 @@ def call(
     return table[name].run(*args, **kwargs)
 
 
+def target() -> tuple[str, str]:
+    """Platform ("cpu", "gpu", "tpu") and kind of the devices that a program is traced for.
+
+    They are the ambient mesh's, which may consist of devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend(), jax.devices()[0].device_kind
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return platform, device.device_kind
+
+
 def _choice(operation: str, table, reason: Callable[[str], str | None], size) -> str:
     """The fastest as measured, or else the first of the table that supports the call."""
-    platform = jax.default_backend()
-    device = jax.devices()[0].device_kind
+    platform, device = target()
     fastest = None if size is None else fastest_measured(operation, device, *size)
     if fastest is not None and fastest in table and reason(fastest) is None:
         return fastest

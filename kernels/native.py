@@ -19,6 +19,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
+from .dispatch import target
 from .per_device import varying
 
 HEADER = pathlib.Path(__file__).with_name("native.h")
@@ -33,7 +34,6 @@ OPTIONS = (
 )
 
 
-@functools.cache
 def why_not(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
     """Makes the functions of a source file targets of ``jax.ffi.ffi_call``, or says why not.
 
@@ -41,8 +41,14 @@ def why_not(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
       source: a C++ file that defines XLA FFI handlers.
       functions: names of handlers. Their targets are called ``scanax_`` and the name.
     """
-    if jax.default_backend() != "cpu":
-        return f"it runs on CPU, not on {jax.default_backend()}"
+    platform, _ = target()
+    return (
+        _not_loaded(source, functions) if platform == "cpu" else f"it needs a CPU, not {platform}"
+    )
+
+
+@functools.cache
+def _not_loaded(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:

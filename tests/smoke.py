@@ -9,8 +9,14 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "train"))
 import command
 
+from scanax.kernels import native
+from scanax.kernels.additive_scan import native_cpu as additive_scan
+from scanax.kernels.delta_product import native_cpu as delta_product
+
 
 def main(folder: pathlib.Path) -> None:
+    for source in (native.HEADER, additive_scan.SOURCE, delta_product.SOURCE):
+        assert source.exists(), f"{source} was not installed"
     for _ in range(2):  # trains, then finds the run finished
         result = command.run(command.train_command(folder / "run"))
         print(result.stdout)

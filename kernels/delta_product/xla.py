@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import rows
+from ..dispatch import target
 from . import chunk as chunk_lib
 
 
@@ -20,7 +21,7 @@ def default_chunk(steps: int) -> int:
 
     Longer chunks compute more within themselves than they save at the state.
     """
-    micro_steps = 16 if jax.default_backend() == "cpu" else 64
+    micro_steps = 16 if target()[0] == "cpu" else 64
     return 1 << (max(1, micro_steps // steps).bit_length() - 1)
 
 

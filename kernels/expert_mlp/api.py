@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Implementation, call
+from ..dispatch import Implementation, call, target
 from . import implementations, layout
 from .implementations import Experts
 
@@ -109,7 +109,7 @@ def _dropless(*args, places, **options) -> str | None:
 
 
 def _tpu(*args, **options) -> str | None:
-    if jax.default_backend() != "tpu":
+    if target()[0] != "tpu":
         return "it needs a TPU"
     mesh = jax.sharding.get_abstract_mesh()
     alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from scanax import kernels
 from scanax.kernels import dispatch
 from scanax.kernels.additive_scan import api as additive_api
 from scanax.kernels.delta_product import api as delta_api
@@ -31,6 +32,17 @@ def test_a_name_is_never_replaced():
 def test_nothing_fits():
     with pytest.raises(ValueError, match=f"no implementation runs here on '{PLATFORM}'"):
         dispatch.call("op", {"fast": TABLE["fast"]}, None, 30)
+
+
+def test_the_target_is_what_the_ambient_mesh_consists_of():
+    assert dispatch.target() == (PLATFORM, jax.devices()[0].device_kind)
+    device = jax.sharding.AbstractDevice("TPU v6e", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.target() == ("tpu", "TPU v6e")
+        q = jax.ShapeDtypeStruct((2, 4, 1, 16), "float32")
+        text = str(jax.make_jaxpr(kernels.additive_scan)(q, q, q))
+    assert "ffi_call" not in text
 
 
 ROWS = [

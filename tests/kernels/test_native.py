@@ -161,9 +161,9 @@ def test_what_the_mesh_does_not_divide_takes_another():
 @pytest.fixture
 def another_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native.why_not.cache_clear()
+    native._not_loaded.cache_clear()
     yield tmp_path / "cache" / "scanax"
-    native.why_not.cache_clear()
+    native._not_loaded.cache_clear()
 
 
 SOURCE = """
@@ -185,7 +185,7 @@ def test_compiled_once_for_a_source(another_cache, tmp_path):
     source.write_text(SOURCE)
     for _ in range(2):
         assert native.why_not(source, ("test_twice",)) is None
-        native.why_not.cache_clear()
+        native._not_loaded.cache_clear()
     [library] = another_cache.iterdir()
     modified = library.stat().st_mtime_ns
     assert native.why_not(source, ("test_twice",)) is None
@@ -194,7 +194,7 @@ def test_compiled_once_for_a_source(another_cache, tmp_path):
     [y] = native.call("test_twice", [shape], [jnp.arange(3.0)])
     np.testing.assert_array_equal(y, [0, 2, 4])
     source.write_text(SOURCE + "// changed")
-    native.why_not.cache_clear()
+    native._not_loaded.cache_clear()
     assert native.why_not(source, ()) is None
     assert len(list(another_cache.iterdir())) == 2
 
@@ -217,9 +217,9 @@ def test_what_does_not_compile_is_quoted(another_cache, tmp_path):
 def test_a_folder_that_cannot_be_written_is_a_reason(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    native.why_not.cache_clear()
+    native._not_loaded.cache_clear()
     assert "XDG_CACHE_HOME" in native.why_not(native_cpu.SOURCE, ())
-    native.why_not.cache_clear()
+    native._not_loaded.cache_clear()
 
 
 def test_without_a_compiler_plain_jax_runs():
