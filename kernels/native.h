@@ -297,7 +297,9 @@ inline void among_threads(xla::ffi::ThreadPool& pool, int64_t items,
     std::lock_guard<std::mutex> lock(state->mutex);
     if (--state->working == 0) state->idle.notify_all();
   };
-  for (int64_t t = 1; t < std::min(pool.num_threads(), items); ++t) pool.Schedule(std::function<void()>(helper));
+  for (int64_t t = 1; t < std::min(pool.num_threads(), items); ++t) {
+    pool.Schedule(std::function<void()>(helper));
+  }
   run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->closed = true;

@@ -313,9 +313,12 @@ template <typename T>
 Inputs<T> inputs_of_head(int64_t b, int64_t h, const Shape& shape, double scale, ffi::AnyBuffer q,
                          ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer f,
                          ffi::AnyBuffer run) {
-  return {of_head<const T>(q, shape.batch, b, h, shape.key),   of_head<const T>(k, shape.batch, b, h, shape.key),
-          of_head<const T>(v, shape.batch, b, h, shape.value), of_head<const T>(f, shape.batch, b, h, shape.key),
-          of_head<const int32_t>(run, shape.batch, b, 0, 1),   static_cast<T>(scale)};
+  return {of_head<const T>(q, shape.batch, b, h, shape.key),
+          of_head<const T>(k, shape.batch, b, h, shape.key),
+          of_head<const T>(v, shape.batch, b, h, shape.value),
+          of_head<const T>(f, shape.batch, b, h, shape.key),
+          of_head<const int32_t>(run, shape.batch, b, 0, 1),
+          static_cast<T>(scale)};
 }
 
 Shape shape_of(ffi::AnyBuffer k, ffi::AnyBuffer v, int64_t chunk, int64_t stride) {
