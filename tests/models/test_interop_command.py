@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import command
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,6 @@ from scanax.models import interop
 from scanax.models.delta_product.interop import join_steps, split_steps
 import scanax.train
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=configs/word_problem_s3.py"
 SHORT = (
     "--config.num_steps=4",
@@ -32,12 +32,7 @@ SHORT = (
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        **{"cwd": ROOT, "text": True, "timeout": 300},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return command.run_forked([sys.executable, "-m", *arguments])
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, *arguments: str):
@@ -70,8 +65,8 @@ def test_convert_train_convert_back(published, tmp_path):
     back = interop.to_torch("fla_delta_product", start.params, config)
     assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
-    command = shlex.split(made.stdout.strip().splitlines()[-1])
-    trained = run(*command[2:])
+    printed = shlex.split(made.stdout.strip().splitlines()[-1])
+    trained = run(*printed[2:])
     assert trained.returncode == 0, trained.stdout
     end = scanax.train.load(tmp_path / "run")
     assert end.step == 4
@@ -212,9 +207,9 @@ def test_diffusion_model_becomes_a_flow(golden, tmp_path, monkeypatch):
     where = (f"--workdir={tmp_path / 'edm'}", f"--out={tmp_path / 'pairs'}", "--recipe=edm_heun:2")
     pairs = run("scanax.train.generate_pairs", *where, "--num=12", "--batch_size=6")
     assert pairs.returncode == 0, pairs.stdout
-    command = [x for x in shlex.split(made.stdout.strip().splitlines()[-1]) if "workdir" not in x]
+    printed = [x for x in shlex.split(made.stdout.strip().splitlines()[-1]) if "workdir" not in x]
     ends = (f"--config.init_from={tmp_path / 'edm'}", f"--config.data.pairs={tmp_path / 'pairs'}")
-    trained = run(*command[2:], *ends, f"--workdir={tmp_path / 'run'}")
+    trained = run(*printed[2:], *ends, f"--workdir={tmp_path / 'run'}")
     assert trained.returncode == 0, trained.stdout
     exported = convert(tmp_path / "run", tmp_path / "export")
     assert exported.returncode == 0, exported.stdout

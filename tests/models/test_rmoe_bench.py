@@ -1,6 +1,7 @@
 """The benchmark of routers: its rows, its table, its mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,11 +12,14 @@ from scanax.models.rmoe import bench
 COMMAND = [sys.executable, "-m", "scanax.models.rmoe.bench", "--repetitions=1"]
 
 
+FAST = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is timed is not under test
+
+
 def test_rows_and_table(tmp_path):
     """A loop over layers is counted once: the share of the router is that of a layer."""
     options = ["--sizes=2,16;3,16", "--router=gru", "--rows=2", "--tokens=8"]
     options.append(f"--out={tmp_path / 'out.json'}")
-    table = subprocess.check_output([*COMMAND, *options], text=True)
+    table = subprocess.check_output([*COMMAND, *options], text=True, env=FAST)
     assert table.count("\n| ") == 5 and "| 2,16 | gru |" in table
     assert all("| 1.000 |" in line for line in table.splitlines() if "| linear |" in line)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]

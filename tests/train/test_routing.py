@@ -217,12 +217,12 @@ def test_from_the_command_line(tmp_path):
     flags += ["--config.microbatches=2", "--config.data.length=32", "--config.evaluation.batches=1"]
     flags += ["--config.evaluation.batch_size=4"]
     where = f"--workdir={tmp_path / 'run'}"
-    result = command.run(
+    result = command.run_forked(
         command.command("main", "--config=configs/rmoe_lm_embedded.py", where, *flags)
     )
     assert result.returncode == 0, result.stdout
     evaluate = command.command("evaluate", where, "--analysis=routing", "--rows=7", "--length=16")
-    result = command.run(evaluate)
+    result = command.run_forked(evaluate)
     assert result.returncode == 0, result.stdout
     folder = tmp_path / "run" / "eval" / "00000002" / "routing"
     assert sorted(path.name for path in folder.iterdir()) == FILES
