@@ -31,7 +31,8 @@ def dry_run(task: Task, config: Config, topology: str = "") -> None:
     print(f"mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
     print(loop.param_table(task, shapes, shardings))
     costs = compiled.cost_analysis() or {}
-    print(f"{costs.get('flops', float('nan')):.4g} FLOPs per step and device")
+    flops = f"{costs.get('flops', float('nan')):.4g} FLOPs per step and device"
+    print(f"{flops}, of a loop one turn, without kernels that are not XLA's")
     memory = compiled.memory_analysis()
     if memory is not None:
         print(
