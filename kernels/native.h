@@ -1,7 +1,7 @@
 // What the kernels for CPU share: vectors, products of small matrices, and work among threads.
 //
 // Matrices are row-major. Rows of a right factor and of a result are padded to whole vectors
-// (`padded`); what pads the rows of a right factor is zero.
+// (`padded`). What pads them is never a row of a right factor, so that it stays in the padding.
 
 #ifndef SCANAX_KERNELS_NATIVE_H_
 #define SCANAX_KERNELS_NATIVE_H_
@@ -210,11 +210,11 @@ inline void scale_row(T factor, const T* from, T* to, int width) {
   for (int i = 0; i < width; i += kLanes<T>) store<T>(to + i, factor * load<T>(from + i));
 }
 
-// exp(x) for x <= 0, to two units in the last place; 0 where float32 would be subnormal.
+// exp(x) for x <= 0, to two units in the last place; in float32 0 below -87, near its smallest.
 template <typename T>
 inline Vector<T> exp_nonpositive(Vector<T> x) {
   if constexpr (std::is_same_v<T, float>) {
-    typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
     // x = n log 2 + y, |y| <= log(2) / 2; adding 1.5 * 2^23 rounds n into the low bits.
     const Vector<T> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     const Vector<T> y = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -297,8 +297,12 @@ inline void among_threads(xla::ffi::ThreadPool& pool, int64_t items,
     std::lock_guard<std::mutex> lock(state->mutex);
     if (--state->working == 0) state->idle.notify_all();
   };
-  for (int64_t t = 1; t < std::min(pool.num_threads(), items); ++t) {
-    pool.Schedule(std::function<void()>(helper));
+  try {
+    for (int64_t t = 1; t < std::min(pool.num_threads(), items); ++t) {
+      pool.Schedule(std::function<void()>(helper));
+    }
+  } catch (const std::bad_alloc&) {
+    // Those that have been found do the work.
   }
   run();
   std::unique_lock<std::mutex> lock(state->mutex);

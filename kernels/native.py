@@ -11,6 +11,7 @@ import hashlib
 from importlib.metadata import version
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,16 +50,18 @@ def why_not(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
 
 @functools.cache
 def _not_loaded(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    named = shlex.split(os.environ.get("CXX", ""))
+    compilers = [named] if named else [["g++"], ["clang++"]]
+    compiler = next((command for command in compilers if shutil.which(command[0])), None)
     if compiler is None:
-        return f"there is no C++ compiler ({' or '.join(names)}); CXX can name one"
+        names = " or ".join(map(shlex.join, compilers))
+        return f"there is no C++ compiler ({names}); CXX can name one"
     try:
         library = ctypes.CDLL(str(_compiled(source, compiler)))
     except subprocess.CalledProcessError as error:
         said = next((x for x in error.stderr.splitlines() if "error" in x), error.stderr)
-        return f"{compiler} did not compile {source.name}: {said.strip()}"
-    except OSError as error:
+        return f"{shlex.join(compiler)} did not compile {source.name}: {said.strip()}"
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
         return f"what {source.name} is compiled to cannot be kept: {error}; set XDG_CACHE_HOME"
     for name in functions:
         handler = jax.ffi.pycapsule(getattr(library, name))
@@ -67,12 +70,14 @@ def _not_loaded(source: pathlib.Path, functions: tuple[str, ...]) -> str | None:
 
 
 def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs, in_place=None, **attributes):
-    """Calls a function of which :func:`why_not` said None, also inside ``jax.shard_map``.
+    """Calls a function of which :func:`why_not` said None.
+
+    Inside ``jax.shard_map`` all outputs vary over the axes over which any input does.
 
     ``in_place``: the number of an input to that of the output that takes its place.
     """
     axes = [jax.typeof(x).manual_axis_type.varying for x in inputs]
-    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
     inputs = [
         jax.lax.pcast(x, more, to="varying") if more else x
         for x, more in zip(inputs, missing, strict=True)
@@ -89,21 +94,21 @@ def or_nothing(x, dtype) -> jax.Array:
     return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
 
 
-def _compiled(source: pathlib.Path, compiler: str) -> pathlib.Path:
+def _compiled(source: pathlib.Path, compiler: list[str]) -> pathlib.Path:
     """The library of a source file, from where it is kept or compiled now."""
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-    macros = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    macros = run([*compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout
     what = (source.read_text(), HEADER.read_text(), macros, version("jaxlib"), *OPTIONS)
     name = f"{source.parent.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     path = pathlib.Path(home) / "scanax" / name
     if path.exists():
         return path
-    logging.info("Compiling %s with %s, once.", source.name, compiler)
+    logging.info("Compiling %s with %s, once.", source.name, shlex.join(compiler))
     path.parent.mkdir(parents=True, exist_ok=True)
     include = (f"-I{HEADER.parent}", "-isystem", jax.ffi.include_dir())
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = pathlib.Path(folder) / name
-        run([compiler, *OPTIONS, *include, str(source), "-o", str(new)])
+        run([*compiler, *OPTIONS, *include, str(source), "-o", str(new)])
         new.replace(path)  # in one step: other processes may be at it too
     return path

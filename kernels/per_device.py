@@ -49,6 +49,8 @@ def not_divided(inputs: Any, arrays: Any) -> str | None:
     mesh = _divided()
     if mesh is None:
         return None
+    if mesh.explicit_axes:
+        return f"the mesh axes {', '.join(mesh.explicit_axes)} are explicit, not automatic"
     present = jax.tree.map(lambda dims, array: None if array is None else dims, inputs, arrays)
     for dimensions, array in zip(jax.tree.leaves(present), jax.tree.leaves(arrays), strict=True):
         for dimension, size in zip(dimensions, array.shape, strict=True):

@@ -25,7 +25,7 @@ namespace ffi = xla::ffi;
 namespace scanax {
 namespace {
 
-constexpr double kSmallest = 1e-30;  // of E; keys that matter to it are far from float32's 1e-38
+constexpr double kSmallest = 1e-20;  // of E; what is multiplied by it is far from float32's 1e-38
 
 struct Shape {
   int64_t batch, tokens, heads;
@@ -192,7 +192,7 @@ class Chunk {
       store<T>(opens + c, open);
       r = r == none ? zero : r;
       const Vector<T> kept = exp_nonpositive<T>((has ? before_r : first_key) - r);
-      const Vector<T> keeps = has | (first_key != none) ? kept : one;
+      const Vector<T> keeps = (has | (first_key != none)) ? kept : one;
       store<T>(keep + c, keeps);
       Vector<T> total = before * keeps;
       for (int i = 0; i < tokens; ++i) {
@@ -204,7 +204,8 @@ class Chunk {
         store<T>(w + at, weight * load<T>(f + at));
         store<T>(inverse + at, inverted);
         store<T>(weighed + at, inverted * load<T>(q + at));
-        const auto lost = ~((total >= T(kSmallest)) | ((total == 0) & (key == none)));
+        // A sum of nothing is 0; that of a channel which has had keys is at least the smallest.
+        const auto lost = ~((total >= T(kSmallest)) | ((total == 0) & (open > zero + T(i))));
         for (int lane = 0; lane < kLanes<T>; ++lane) sound &= !lost[lane];
       }
       store<T>(sum + c, total);

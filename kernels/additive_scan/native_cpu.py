@@ -11,6 +11,7 @@ from ..rows import power_of_two
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 CHUNK = 16  # tokens: more cost more within the chunk than they save at the state
+LONGEST = 64  # of a chunk; a longer one that is asked for is taken in several
 
 
 def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
@@ -51,7 +52,7 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
 
 
 def _call(name: str, outputs, inputs, in_place, scale: float, chunk: int | None, stride: int):
-    chunk = chunk or min(CHUNK, power_of_two(inputs[0].shape[1]))
+    chunk = min(chunk or CHUNK, LONGEST, power_of_two(inputs[0].shape[1]))
     sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
     name = f"additive_scan_{name}"
     return native.call(name, outputs, inputs, in_place, scale=np.float64(scale), **sizes)

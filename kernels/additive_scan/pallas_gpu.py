@@ -107,7 +107,9 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     final = jnp.swapaxes(results["final"][:, :, -1], -1, -2)
     starts = results["starts"], jnp.moveaxis(z[:, :, :-1], 2, 0)
     new = results["o"][:, :length], (final, z[:, :, -1]), starts
-    return jax.lax.cond(_sound(prepared, state), lambda: new, lambda: again(*arguments))
+    return jax.lax.cond(
+        _sound(prepared, channels, z, state), lambda: new, lambda: again(*arguments)
+    )
 
 
 def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -144,12 +146,16 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     dz = jnp.where(first[1] == -jnp.inf, 0, jnp.sum(ds * first[0], axis=-1) - r[:, :, 0])
     cut = tuple(None if x is None else x[:, :length] for x in gradients)
     results = (*cut, (ds, dz))
-    return jax.lax.cond(_sound(prepared, first), lambda: results, lambda: again(*arguments))
+    return jax.lax.cond(
+        _sound(prepared, channels, z, first), lambda: results, lambda: again(*arguments)
+    )
 
 
-def _sound(prepared, state) -> jax.Array:
+def _sound(prepared, channels, z, state) -> jax.Array:
+    """No key is lost within a chunk, nor what came before it, and no state waits for its first."""
+    before = jnp.any((z[:, :, :-1] > -jnp.inf) & (channels[..., OLD, :] < SMALLEST))
     waits = jnp.any((state[1] == -jnp.inf) & jnp.any(state[0] != 0, axis=-1))
-    return (jnp.max(prepared["lost"]) == 0) & ~waits
+    return (jnp.max(prepared["lost"]) == 0) & ~before & ~waits
 
 
 def _entering(through, channels, first, value: int, reverse: bool = False) -> jax.Array:

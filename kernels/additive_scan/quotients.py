@@ -55,9 +55,10 @@ def prepare(q_CK, k_CK, v_CV, f_CK, before_K, run_C1=None, entering_11=None) -> 
     top_1K = jnp.maximum(jnp.max(k_CK, axis=-2, keepdims=True), before_1K)
     r_1K = jnp.where(top_1K == -jnp.inf, 0, top_1K)
     e_CK, old_CK = jnp.exp(k_CK - r_1K), jnp.exp(before_1K - r_1K)
-    ending_CK = e_CK
+    ending_CK, begun_CK = e_CK, before_1K > -jnp.inf
     if run_C1 is not None:
         old_CK = jnp.where(run_C1 == entering_11, old_CK, 0)
+        begun_CK = begun_CK & (run_C1 == entering_11)
         ending_CK = jnp.where(run_C1 == run_C1[..., -1:, :], e_CK, 0)
     sum_CK = old_CK + _matmul(within_CC, e_CK)
     inverse_CK = jnp.where(sum_CK > 0, 1 / sum_CK, 0)
@@ -68,7 +69,7 @@ def prepare(q_CK, k_CK, v_CV, f_CK, before_K, run_C1=None, entering_11=None) -> 
         across_K1=jnp.swapaxes(enter_CK[..., -1:, :], -1, -2),
         z_K=r_1K[..., 0, :] + jnp.log(sum_CK[..., -1, :]),
         # A sum of nothing is exactly 0; a sum that has lost its first keys is below the smallest.
-        sound=jnp.all((sum_CK >= SMALLEST) | ((sum_CK == 0) & (k_CK == -jnp.inf))),
+        sound=jnp.all((sum_CK >= SMALLEST) | ((sum_CK == 0) & (k_CK == -jnp.inf) & ~begun_CK)),
     )
 
 

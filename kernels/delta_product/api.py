@@ -170,10 +170,12 @@ def _check(q, k, v, beta, g, state, segment_ids, chunk_size):
         if not jnp.issubdtype(array.dtype, kind):
             raise ValueError(f"delta_product: {name} must be {kind.__name__}, got {array.dtype}")
     known = isinstance(beta, np.ndarray | jax.Array) and not isinstance(beta, jax.core.Tracer)
-    if known and not (0 <= float(beta.min()) and float(beta.max()) <= 2):
-        raise ValueError(
-            f"delta_product: beta must lie in [0, 2], got {float(beta.min())} to"
-            f" {float(beta.max())}: other step sizes let the state grow without bound"
-        )
+    if known and beta.size:
+        values = np.asarray(beta)  # not by jnp, which a trace around this would record
+        if not (0 <= values.min() and values.max() <= 2):
+            raise ValueError(
+                f"delta_product: beta must lie in [0, 2], got {values.min()} to {values.max()}:"
+                " other step sizes let the state grow without bound"
+            )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"delta_product: chunk_size must be positive, got {chunk_size}")

@@ -11,6 +11,7 @@ from ..rows import power_of_two
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 MICRO_STEPS = 16  # of a chunk: more cost more within the chunk than they save at the state
+LONGEST = 128  # micro-steps; a longer chunk that is asked for is taken in several
 
 
 def supports(q, k, v, beta, g, state, run, *, scale, chunk, stride) -> str | None:
@@ -50,7 +51,8 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
 
 def _call(name: str, outputs, inputs, in_place, scale: float, chunk: int | None, stride: int):
     tokens, steps = inputs[1].shape[1:3]
-    chunk = chunk or min(power_of_two(max(1, MICRO_STEPS // steps) + 1) // 2, power_of_two(tokens))
+    within = lambda micro_steps: power_of_two(max(1, micro_steps // steps) + 1) // 2  # tokens
+    chunk = min(chunk or within(MICRO_STEPS), within(LONGEST), power_of_two(tokens))
     sizes = {"chunk": np.int64(chunk), "stride": np.int64(stride)}
     name = f"delta_product_{name}"
     return native.call(name, outputs, inputs, in_place, scale=np.float64(scale), **sizes)

@@ -14,8 +14,8 @@ from scanax.kernels.additive_scan import native_cpu, reference
 # What runs on any machine; the kernels in C++ need a compiler (``test_native.py`` says if not).
 IMPLEMENTATIONS = ("reference", "xla", *(("native_cpu",) if native_cpu.why_not() is None else ()))
 
-KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty")
-SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,))  # of the rows
+KINDS = ("normal", "rising", "falling", "constant", "huge", "holes", "waiting", "empty", "jump")
+SEGMENTS = ((), (0,), (1, 2), (16,), (15, 17), (5, 32), (25, 33), (7,), ())  # of the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ def keys(kind: str, generator, shape):
         "holes": np.where(generator.random(shape) < 0.5, -np.inf, k),
         "waiting": np.where(time < generator.integers(0, 250, shape[1:]), -np.inf, k),
         "empty": np.full(shape, -np.inf),
+        # Far above what came before, after a token that is not there.
+        "jump": np.where(time == 0, -np.inf, k + 100),
     }.get(kind, k)
 
 

@@ -12,6 +12,7 @@ import sysconfig
 import venv
 
 import chex
+from delta_product_cases import IMPLEMENTATIONS
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def test_rows_and_table(operation):
     shape = (1, 12, 2, 4, 8, 2)[: len(operation.dimensions.split(","))]
     rows = bench.benchmark(operation, shape, gated=True, repetitions=2, others={})
     assert {(row["what"], row["implementation"]) for row in rows} == {
-        (what, name) for what in ("forward", "forward+backward") for name in ("reference", "xla")
+        (what, name) for what in bench.WHATS for name in IMPLEMENTATIONS
     }
     for row in rows:
         assert row["milliseconds"] > 0 and row["over_floor"] > 0
@@ -70,7 +71,7 @@ def test_peers_are_checked_and_timed():
 
     closed = []
     rows = bench.benchmark(DELTA, (1, 6, 1, 4, 4, 2), False, 1, {"package": peer(0.0, closed)})
-    assert closed and {row["implementation"] for row in rows} == {"reference", "xla", "package"}
+    assert closed and {row["implementation"] for row in rows} == {*IMPLEMENTATIONS, "package"}
     for row in rows:
         seconds = 0.5 if row["what"] == "forward" else 0.25
         assert row["peer_over_this"]["package"] == 1e3 * seconds / row["milliseconds"]
@@ -157,7 +158,7 @@ def test_jla_is_asked_for_where_it_is(monkeypatch, tmp_path):
 
 def test_linear_cost(tmp_path):
     rows = []
-    for tokens in (8, 16):
+    for tokens in (80, 160):  # more than a stride: kernels keep states in between
         rows += bench_linear.benchmark(tokens, (1, 4, 4), [2], 1, memory_gb=1.0)
     names = ("delta_product N=2", "additive_scan")
     assert list(bench_linear.curves(rows)) == list(itertools.product(names, bench.WHATS))
@@ -215,7 +216,7 @@ def test_command_line(tmp_path):
     out = tmp_path / "bench.json"
     arguments = ["--shapes=1,5,1,2,2,1", "--nopeers", f"--out={out}"]
     assert "| 1,5,1,2,2,1 |" in subprocess.check_output([*command, *arguments], text=True)
-    assert len(json.loads(out.read_text())["rows"]) == 4
+    assert len(json.loads(out.read_text())["rows"]) == 2 * len(IMPLEMENTATIONS)
 
 
 def test_flops_of_the_definition():

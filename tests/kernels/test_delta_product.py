@@ -182,6 +182,10 @@ def test_known_step_sizes_outside_their_range_are_refused():
         with pytest.raises(ValueError, match=r"beta must lie in \[0, 2\]"):
             delta_product_step(*step, None, jnp.zeros((1, 1, 4, 4)))
     jax.jit(delta_product)(x[:, :, 0], x, x, jnp.full(shape, 3.0))  # not known, not checked
+    jax.jit(lambda x: delta_product(x[:, :, 0], x, x, jnp.ones(shape)))(x)  # known inside a trace
+    with pytest.raises(ValueError, match=r"beta must lie in \[0, 2\], got 3.0"):
+        beta = jnp.full(shape, 3.0)
+        jax.jit(lambda x: delta_product(x[:, :, 0], x, x, beta))(x)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -3,8 +3,11 @@
 What they compute is checked with the other implementations (``delta_product_cases.py``).
 """
 
+import dataclasses
 import functools
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scanax import kernels
 from scanax.kernels import backends, native
 from scanax.kernels.additive_scan import api as additive_api
 from scanax.kernels.additive_scan.contract import CONTRACT as ADDITIVE
@@ -22,6 +26,7 @@ from scanax.kernels.delta_product import api, native_cpu
 from scanax.kernels.delta_product.contract import CONTRACT
 
 REASON = native_cpu.why_not()
+COMPILERS = (*os.environ.get("CXX", "").split()[:1], "g++", "clang++")
 needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 WIDE = {
@@ -147,6 +152,31 @@ def test_rows_divided_over_devices():
         np.testing.assert_array_equal(a, e)
 
 
+@needs_compiler
+@pytest.mark.parametrize("chunk_size", [1, 4096])
+def test_any_chunk_size(chunk_size):
+    """Long ones are taken in parts, so that memory does not grow with their square."""
+    case = Case((1, 300, 1, 16, 16, 3), gated=True, chunk=chunk_size)
+    inputs = [jnp.asarray(x, jnp.float32) for x in arrays(case)]
+    actual, expected = (
+        computed(case, inputs),
+        computed(dataclasses.replace(case, chunk=None), inputs),
+    )
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=2e-5)
+    q, k = inputs[0], inputs[1][:, :, 0]
+    scan = lambda size: kernels.additive_scan(
+        q,
+        k,
+        q,
+        segment_ids=jnp.arange(300)[None] // 3,
+        chunk_size=size,
+        implementation="native_cpu",
+    )
+    a, e = jax.device_get((scan(chunk_size), scan(None)))
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-6), a, e)
+
+
 def test_what_the_mesh_does_not_divide_takes_another():
     q = jnp.ones((3, 2, 1, 16))
     arguments = (q, q[:, :, None], q[:, :, None], q[:, :, None, :, 0], None)
@@ -156,6 +186,11 @@ def test_what_the_mesh_does_not_divide_takes_another():
     with jax.sharding.use_abstract_mesh(mesh):
         reason = supports(*arguments, state, None, scale=1.0, chunk_size=None)
     assert reason == REASON or "3 rows cannot be divided among the 2 devices" in reason
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.sharding.AbstractMesh((3,), ("data",), axis_types=(explicit,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        reason = supports(*arguments, state, None, scale=1.0, chunk_size=None)
+    assert reason == REASON or "axes data are explicit" in reason
 
 
 @pytest.fixture
@@ -203,6 +238,25 @@ def test_no_compiler(another_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no_such_compiler")
     reason = native.why_not(tmp_path / "x.cc", ())
     assert reason == "there is no C++ compiler (no_such_compiler); CXX can name one"
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(
+        pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home"))
+    )
+    native._not_loaded.cache_clear()
+    reason = native.why_not(native_cpu.SOURCE, ())
+    assert "no home; set XDG_CACHE_HOME" in reason or reason == REASON
+    native._not_loaded.cache_clear()
+
+
+@needs_compiler
+def test_compiler_with_options(another_cache, tmp_path, monkeypatch):
+    (tmp_path / "twice.cc").write_text(SOURCE)
+    monkeypatch.setenv("CXX", f"{next(filter(None, map(shutil.which, COMPILERS)))} -DNAME=1")
+    assert native.why_not(tmp_path / "twice.cc", ()) is None
+    assert list(another_cache.glob("*.so"))
 
 
 @needs_compiler
