@@ -169,7 +169,7 @@ def test_linear_cost(tmp_path):
     bench_linear.draw(rows, str(tmp_path / "linear.png"))
     assert (tmp_path / "linear.png").stat().st_size > 10_000
 
-    unrun = bench_linear.benchmark(8, (1, 4, 4), [], 1, memory_gb=1e-6)
+    unrun = bench_linear.benchmark(8, (1, 4, 4), [], 1, memory_gb=1e-8)
     assert all(row["milliseconds"] is None for row in unrun)
     assert bench_linear.table(unrun).count("not run") == len(unrun)
     bench_linear.draw(unrun, str(tmp_path / "unrun.png"))
