@@ -138,13 +138,15 @@ def additive_step(
         "additive_scan",
         STEPS,
         None,
-        *(time(q), time(k), time(v), time(k_factor)),
+        *(time(q.astype(dtype)), time(k), time(v), time(k_factor)),
         *(jax.tree.map(lambda x: x.astype(dtype), tuple(state)), None),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=1.0,
         chunk_size=None,
         size=(1, q.shape[-1]),
     )
-    return o[:, 0], jax.tree.map(lambda x, old: x.astype(old.dtype), new, tuple(state))
+    o = o[:, 0] * (q.shape[-1] ** -0.5 if scale is None else scale)  # which may be traced
+    new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, tuple(state))
+    return o.astype(q.dtype), new
 
 
 def additive_attention(

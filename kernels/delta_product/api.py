@@ -132,12 +132,14 @@ def delta_product_step(
         "delta_product",
         STEPS,
         None,
-        *(time(q), time(k), time(v), time(beta), time(g), state.astype(dtype), None),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        *(time(q.astype(dtype)), time(k), time(v), time(beta), time(g)),
+        *(state.astype(dtype), None),
+        scale=1.0,
         chunk_size=None,
         size=(1, q.shape[-1]),
     )
-    return o[:, 0], new.astype(state.dtype)
+    o = o[:, 0] * (q.shape[-1] ** -0.5 if scale is None else scale)  # which may be traced
+    return o.astype(q.dtype), new.astype(state.dtype)
 
 
 def _check(q, k, v, beta, g, state, segment_ids, chunk_size):
