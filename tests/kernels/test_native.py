@@ -182,11 +182,11 @@ def test_what_the_mesh_does_not_divide_takes_another():
     arguments = (q, q[:, :, None], q[:, :, None], q[:, :, None, :, 0], None)
     state = jnp.zeros((3, 1, 16, 16))
     supports = api.IMPLEMENTATIONS["native_cpu"].supports
-    mesh = jax.sharding.AbstractMesh((2, 1), ("data", "tensor"))
+    automatic, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(automatic,))
     with jax.sharding.use_abstract_mesh(mesh):
         reason = supports(*arguments, state, None, scale=1.0, chunk_size=None)
     assert reason == REASON or "3 rows cannot be divided among the 2 devices" in reason
-    explicit = jax.sharding.AxisType.Explicit
     mesh = jax.sharding.AbstractMesh((3,), ("data",), axis_types=(explicit,))
     with jax.sharding.use_abstract_mesh(mesh):
         reason = supports(*arguments, state, None, scale=1.0, chunk_size=None)
