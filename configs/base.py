@@ -1,4 +1,4 @@
-"""Every configuration key, once, with its default.
+"""Every configuration key, once, with its default: one file, however long, to look a key up in.
 
 A config file returns ``base.get_config(task, family)`` with what differs. What the keys mean to the
 code, and which values are valid, stands with the code that reads them:

@@ -21,52 +21,25 @@ the forward. For expert_mlp, whose implementations differ in it, there is the co
 well, and its figure for temporary buffers; of a scan the compiler counts one turn.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import json
 import statistics
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import Experts, additive_scan, delta_product, dispatch, expert_mlp, peers
-from .additive_scan import api as additive_api
-from .delta_product import api as delta_api
+from . import peers
+from .bench_operations import OPERATIONS, Operation, Shape
 
 GEMM_SIZE = 2048
 WHATS = ("forward", "forward+backward")
-
-Shape = tuple[int, ...]
-
-
-class Operation(NamedTuple):
-    """What is timed.
-
-    Attributes:
-      dimensions: of a shape.
-      shapes: default of --shapes.
-      function: (*arguments, implementation) -> (o, state).
-      implementations: the names of those that this machine runs.
-      inputs: (shape, gated) -> arguments.
-      flops: shape -> FLOPs of the forward, by the definition.
-      baseline: the implementation that all are compared with.
-      counted: the compiler's count of FLOPs is one of the whole operation.
-    """
-
-    dimensions: str
-    shapes: str
-    function: Callable[..., Any]
-    implementations: Callable[[], Collection[str]]
-    inputs: Callable[[Shape, bool], tuple[Any, ...]]
-    flops: Callable[[Shape], float]
-    baseline: str = "reference"
-    counted: bool = False
 
 
 def define_flags() -> None:
@@ -243,118 +216,6 @@ def costs(function: Any, arguments: tuple[Any, ...]) -> dict[str, float]:
         "compiled_gflops": program.cost_analysis()["flops"] / 1e9,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
     }
-
-
-def _delta_inputs(shape: Shape, gated: bool):
-    """Random q, k (unit length), v, beta in (0, 2), and log decays or None."""
-    batch, tokens, heads, key_dim, value_dim, steps = shape
-    keys = jax.random.split(jax.random.key(0), 5)
-    normal = lambda key, *dims: jax.random.normal(key, (batch, tokens, *dims))
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    q = unit(normal(keys[0], heads, key_dim))
-    k = unit(normal(keys[1], steps, heads, key_dim))
-    v = normal(keys[2], steps, heads, value_dim)
-    beta = 2 * jax.nn.sigmoid(normal(keys[3], steps, heads))
-    g = -0.1 * jax.nn.softplus(normal(keys[4], heads)) if gated else None
-    return q, k, v, beta, g
-
-
-def _delta_flops(shape: Shape) -> float:
-    batch, tokens, heads, key_dim, value_dim, steps = shape
-    return 4.0 * batch * tokens * heads * key_dim * value_dim * (steps + 1)
-
-
-def _additive_inputs(shape: Shape, gated: bool):
-    """Random q, k (logits) and v."""
-    del gated
-    batch, tokens, heads, key_dim, value_dim = shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    widths = (key_dim, key_dim, value_dim)
-    dims = [(batch, tokens, heads, width) for width in widths]
-    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, dims, strict=True))
-
-
-def _additive_flops(shape: Shape) -> float:
-    batch, tokens, heads, key_dim, value_dim = shape
-    return 5.0 * batch * tokens * heads * key_dim * value_dim
-
-
-def _expert_inputs(shape: Shape, gated: bool):
-    """Random tokens, different experts for each, weights that sum to 1, experts with biases."""
-    del gated
-    tokens, hidden, width, number, choices = shape
-    keys = jax.random.split(jax.random.key(0), 6)
-    normal = lambda i, *dims: jax.random.normal(keys[i], dims)
-    scores, index = jax.lax.top_k(normal(0, tokens, number), choices)
-    experts = Experts(
-        normal(1, number, hidden, width) / hidden**0.5,
-        normal(2, number, width, hidden) / width**0.5,
-        None,
-        normal(3, number, width),
-        normal(4, number, hidden),
-    )
-    return normal(5, tokens, hidden), index, jax.nn.softmax(scores), experts
-
-
-def _expert_flops(shape: Shape) -> float:
-    tokens, hidden, width, _, choices = shape
-    return 4.0 * tokens * choices * hidden * width
-
-
-EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
-    "dense": {"implementation": "dense"},
-    "ragged": {"implementation": "ragged"},
-    "block 32": {"implementation": "block", "block_size": 32},
-    "block 64": {"implementation": "block", "block_size": 64},
-    "block 128": {"implementation": "block", "block_size": 128},
-    "capacity 1.25": {"implementation": "capacity", "capacity_factor": 1.25},
-    "gmm": {"implementation": "gmm"},
-}
-
-
-def _expert_names() -> list[str]:
-    tpu = jax.default_backend() == "tpu"
-    return [name for name in EXPERT_OPTIONS if tpu or name != "gmm"]
-
-
-def _expert_mlp(*arguments, implementation: str):
-    return expert_mlp(*arguments, **EXPERT_OPTIONS[implementation]), None
-
-
-def _runnable(table: Mapping[str, dispatch.Implementation]) -> list[str]:
-    """Without the kernels that take no float32: for these there is --suite gpu."""
-    here = jax.default_backend()
-    return [name for name, x in table.items() if here in x.platforms and name != "pallas_gpu"]
-
-
-OPERATIONS = {
-    "delta_product": Operation(
-        "B,T,H,K,V,N",
-        "4,2048,4,64,64,1;4,2048,4,64,64,2",
-        delta_product,
-        lambda: _runnable(delta_api.IMPLEMENTATIONS),
-        _delta_inputs,
-        _delta_flops,
-    ),
-    "additive_scan": Operation(
-        "B,T,H,K,V",
-        "4,2048,4,64,64",
-        additive_scan,
-        lambda: _runnable(additive_api.IMPLEMENTATIONS),
-        _additive_inputs,
-        _additive_flops,
-    ),
-    "expert_mlp": Operation(
-        "T,D,F,E,J",
-        "2048,352,352,16,2",
-        _expert_mlp,
-        _expert_names,
-        _expert_inputs,
-        _expert_flops,
-        baseline="ragged",
-        counted=True,
-    ),
-}
 
 
 def functions(operation: Operation, implementation: str | None):

@@ -324,6 +324,29 @@ T* part(xla::ffi::AnyBuffer array, int64_t index, int64_t size) {
   return static_cast<T*>(array.untyped_data()) + index * size;
 }
 
+template <int kInputs, int kOutputs, typename Binding>
+auto with_arrays(Binding binding) {
+  if constexpr (kInputs > 0) {
+    return with_arrays<kInputs - 1, kOutputs>(
+        std::move(binding).template Arg<xla::ffi::AnyBuffer>());
+  } else if constexpr (kOutputs > 1) {
+    return with_arrays<0, kOutputs - 1>(std::move(binding).template Ret<xla::ffi::AnyBuffer>());
+  } else {
+    return std::move(binding).template Ret<xla::ffi::AnyBuffer>();
+  }
+}
+
+// What XLA hands to a scan: the threads, the three attributes, and arrays in the order of the
+// handler's parameters.
+template <int kInputs, int kOutputs>
+auto scan_with() {
+  return with_arrays<kInputs, kOutputs>(xla::ffi::Ffi::Bind()
+                                            .Ctx<xla::ffi::ThreadPool>()
+                                            .Attr<double>("scale")
+                                            .Attr<int64_t>("chunk")
+                                            .Attr<int64_t>("stride"));
+}
+
 // Calls run(T{}) for the type T of an array; exceptions become errors.
 template <typename Run>
 inline xla::ffi::Error by_type(xla::ffi::AnyBuffer q, Run run) {

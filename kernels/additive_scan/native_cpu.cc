@@ -435,6 +435,7 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyB
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
+// Of f and run, df and the starts, an array without entries is None.
 ffi::Error run_forward(ffi::ThreadPool pool, double scale, int64_t chunk, int64_t stride, In q,
                        In k, In v, In f, In s, In z, In run, Out o, Out final_s, Out final_z,
                        Out starts_s, Out starts_z) {
@@ -457,45 +458,5 @@ ffi::Error run_backward(ffi::ThreadPool pool, double scale, int64_t chunk, int64
 }  // namespace
 }  // namespace scanax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_forward, scanax::run_forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("stride")
-                                  .Arg<ffi::AnyBuffer>()    // q
-                                  .Arg<ffi::AnyBuffer>()    // k
-                                  .Arg<ffi::AnyBuffer>()    // v
-                                  .Arg<ffi::AnyBuffer>()    // f, or of size 0
-                                  .Arg<ffi::AnyBuffer>()    // S
-                                  .Arg<ffi::AnyBuffer>()    // z
-                                  .Arg<ffi::AnyBuffer>()    // run, or of size 0
-                                  .Ret<ffi::AnyBuffer>()    // o
-                                  .Ret<ffi::AnyBuffer>()    // final S
-                                  .Ret<ffi::AnyBuffer>()    // final z
-                                  .Ret<ffi::AnyBuffer>()    // S at the starts, or of size 0
-                                  .Ret<ffi::AnyBuffer>());  // z at the starts, or of size 0
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_backward, scanax::run_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("stride")
-                                  .Arg<ffi::AnyBuffer>()    // q
-                                  .Arg<ffi::AnyBuffer>()    // k
-                                  .Arg<ffi::AnyBuffer>()    // v
-                                  .Arg<ffi::AnyBuffer>()    // f, or of size 0
-                                  .Arg<ffi::AnyBuffer>()    // run, or of size 0
-                                  .Arg<ffi::AnyBuffer>()    // S at the starts
-                                  .Arg<ffi::AnyBuffer>()    // z at the starts
-                                  .Arg<ffi::AnyBuffer>()    // final S
-                                  .Arg<ffi::AnyBuffer>()    // do
-                                  .Arg<ffi::AnyBuffer>()    // dS of the final state
-                                  .Arg<ffi::AnyBuffer>()    // dz of the final state
-                                  .Ret<ffi::AnyBuffer>()    // dq
-                                  .Ret<ffi::AnyBuffer>()    // dk
-                                  .Ret<ffi::AnyBuffer>()    // dv
-                                  .Ret<ffi::AnyBuffer>()    // df, or of size 0
-                                  .Ret<ffi::AnyBuffer>()    // dS
-                                  .Ret<ffi::AnyBuffer>());  // dz
+XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_forward, scanax::run_forward, (scanax::scan_with<7, 5>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(additive_scan_backward, scanax::run_backward, (scanax::scan_with<11, 6>()));

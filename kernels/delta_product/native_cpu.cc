@@ -363,6 +363,7 @@ void backward(ffi::ThreadPool& pool, const Shape& shape, double scale, ffi::AnyB
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
+// Of g and run, dg and starts, an array without entries is None.
 ffi::Error run_forward(ffi::ThreadPool pool, double scale, int64_t chunk, int64_t stride, In q,
                        In k, In v, In beta, In g, In state, In run, Out o, Out final, Out starts) {
   return by_type(q, [&](auto zero) {
@@ -383,41 +384,5 @@ ffi::Error run_backward(ffi::ThreadPool pool, double scale, int64_t chunk, int64
 }  // namespace
 }  // namespace scanax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_forward, scanax::run_forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("stride")
-                                  .Arg<ffi::AnyBuffer>()   // q
-                                  .Arg<ffi::AnyBuffer>()   // k
-                                  .Arg<ffi::AnyBuffer>()   // v
-                                  .Arg<ffi::AnyBuffer>()   // beta
-                                  .Arg<ffi::AnyBuffer>()   // g, or of size 0
-                                  .Arg<ffi::AnyBuffer>()   // state
-                                  .Arg<ffi::AnyBuffer>()   // run, or of size 0
-                                  .Ret<ffi::AnyBuffer>()   // o
-                                  .Ret<ffi::AnyBuffer>()   // final
-                                  .Ret<ffi::AnyBuffer>());  // starts, or of size 0
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_backward, scanax::run_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("stride")
-                                  .Arg<ffi::AnyBuffer>()   // q
-                                  .Arg<ffi::AnyBuffer>()   // k
-                                  .Arg<ffi::AnyBuffer>()   // v
-                                  .Arg<ffi::AnyBuffer>()   // beta
-                                  .Arg<ffi::AnyBuffer>()   // g, or of size 0
-                                  .Arg<ffi::AnyBuffer>()   // run, or of size 0
-                                  .Arg<ffi::AnyBuffer>()   // starts
-                                  .Arg<ffi::AnyBuffer>()   // do
-                                  .Arg<ffi::AnyBuffer>()   // dfinal
-                                  .Ret<ffi::AnyBuffer>()   // dq
-                                  .Ret<ffi::AnyBuffer>()   // dk
-                                  .Ret<ffi::AnyBuffer>()   // dv
-                                  .Ret<ffi::AnyBuffer>()   // dbeta
-                                  .Ret<ffi::AnyBuffer>()   // dg, or of size 0
-                                  .Ret<ffi::AnyBuffer>());  // dstate
+XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_forward, scanax::run_forward, (scanax::scan_with<7, 3>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(delta_product_backward, scanax::run_backward, (scanax::scan_with<9, 6>()));

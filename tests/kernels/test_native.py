@@ -165,14 +165,8 @@ def test_any_chunk_size(chunk_size):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=2e-5)
     q, k = inputs[0], inputs[1][:, :, 0]
-    scan = lambda size: kernels.additive_scan(
-        q,
-        k,
-        q,
-        segment_ids=jnp.arange(300)[None] // 3,
-        chunk_size=size,
-        implementation="native_cpu",
-    )
+    options = {"segment_ids": jnp.arange(300)[None] // 3, "implementation": "native_cpu"}
+    scan = lambda size: kernels.additive_scan(q, k, q, chunk_size=size, **options)
     a, e = jax.device_get((scan(chunk_size), scan(None)))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-6), a, e)
 

@@ -7,7 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 import pytest
 
 from scanax.kernels.per_device import per_device
@@ -65,11 +65,13 @@ def test_eight_devices_equal_one():
 
 def test_what_does_not_divide_is_named():
     function = per_device(lambda x: x, ("BH",), "BH")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 3), ("data", "tensor"))):
+    rows, heads = jnp.ones((5, 3)), jnp.ones((2, 4))
+    mesh = AbstractMesh((2, 3), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
         with pytest.raises(ValueError, match="5 rows cannot be divided among the 2 devices"):
-            function(jnp.ones((5, 3)))
+            function(rows)
         with pytest.raises(ValueError, match="4 heads cannot be divided among the 3 devices"):
-            function(jnp.ones((2, 4)))
+            function(heads)
 
 
 if __name__ == "__main__":
