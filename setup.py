@@ -17,5 +17,6 @@ setup(
         "scanax.kernels": ["*.json", "*.h"],
         "scanax.kernels.delta_product": ["*.cc"],
         "scanax.kernels.additive_scan": ["*.cc"],
+        "scanax.kernels.convolution": ["*.cc"],
     },
 )

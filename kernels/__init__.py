@@ -5,6 +5,7 @@ implementation is tested against.
 """
 
 from .additive_scan import additive_attention, additive_scan, additive_step
+from .convolution import convolution_3x3
 from .delta_product import delta_product, delta_product_step
 from .expert_mlp import Experts, expert_mlp, expert_mlp_sharded
 
@@ -13,6 +14,7 @@ __all__ = [
     "additive_attention",
     "additive_scan",
     "additive_step",
+    "convolution_3x3",
     "delta_product",
     "delta_product_step",
     "expert_mlp",

@@ -3,22 +3,24 @@
   python -m scanax.kernels.bench --shapes "4,2048,4,64,64,1;4,2048,4,64,64,2" [--out FILE.json]
   python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
   python -m scanax.kernels.bench --operation expert_mlp --shapes "2048,352,352,16,2"
+  python -m scanax.kernels.bench --operation convolution_3x3 --shapes "8,32,32,96,96"
   python -m scanax.kernels.bench --suite gpu --out DIR
   python -m scanax.kernels.bench --suite gpu_model --out DIR
 
-A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan and T,D,F,E,J for expert_mlp
-(experts with ReLU and biases; tokens choose at random). Repetitions of all
-implementations are interleaved, so that a busy machine hurts them alike: quote the ratios, not
-the times. The GEMM floor is the time that the operation's FLOPs would take at the rate of a large
-float32 matrix product of the same run.
+A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan, T,D,F,E,J for expert_mlp
+(experts with ReLU and biases; tokens choose at random), and B,H,W,I,O for convolution_3x3.
+Repetitions of all implementations are interleaved, so that a busy machine hurts them alike: quote
+the ratios, not the times. The GEMM floor is the time that the operation's FLOPs would take at the
+rate of a large float32 matrix product of the same run.
 Implementations of other packages run beside ours where they are installed (``peers.py``), after
 their outputs have been compared with ours. jax-linear-attention needs an interpreter of its own:
 --jla_python names the one that has it.
 FLOPs are those of the definition, per token and head: delta_product has 4 K V for each Householder
 step (read and write of the state) and 4 K V for decay and read, additive_scan 3 K V for decay and
-write and 2 K V for the read; expert_mlp has 4 D F per token and choice; backward counted as twice
-the forward. For expert_mlp, whose implementations differ in it, there is the compiler's count as
-well, and its figure for temporary buffers; of a scan the compiler counts one turn.
+write and 2 K V for the read; expert_mlp has 4 D F per token and choice, convolution_3x3 18 I O per
+pixel; backward counted as twice the forward. For expert_mlp, whose implementations differ in it,
+there is the compiler's count as well, and its figure for temporary buffers; of a scan the compiler
+counts one turn.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "operation",
         "delta_product",
-        ["delta_product", "additive_scan", "expert_mlp"],
+        list(OPERATIONS),
         "What is timed.",
     )
     flags.DEFINE_string("shapes", "", "Of the operation; several separated by ';'.")

@@ -2,14 +2,16 @@
 
   python -m scanax.kernels.bench_defaults
 
-Times forward+backward of every implementation of the scans that this device runs, over lengths and
-widths of heads, in float32, or in bfloat16 on GPUs, whose kernels take nothing else; and puts the
-fastest of each size in the place of what the file says of this kind of device.
-``implementation=None`` then takes the entry of the nearest size (``dispatch.py``).
+Times forward+backward of every implementation that this device runs, of the scans over lengths and
+widths of heads, in float32, or in bfloat16 on GPUs, whose kernels take nothing else, and on CPU of
+the convolution over pixels and channels; and puts the fastest of each size in the place of what the
+file says of this kind of device. ``implementation=None`` then takes the entry of the nearest size
+(``dispatch.py``).
 """
 
 import functools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -24,12 +26,19 @@ from .hopper_scans import WIDTHS
 
 FILE = pathlib.Path(__file__).with_name("defaults.json")
 HEADS = 4
+SCAN = ["1", "4", "32", "256", "2048"], ["16", "64", "128"]
+SIZES = {  # lengths and widths: tokens and channels of a head, or pixels and channels of an image
+    "delta_product": SCAN,
+    "additive_scan": SCAN,
+    "convolution_3x3": (["16", "64", "256", "1024", "4096"], ["4", "16", "64", "192", "512"]),
+}
 
 
 def define_flags() -> None:
     """For the command alone: a process that imports this module may have others of these names."""
-    flags.DEFINE_list("lengths", ["1", "4", "32", "256", "2048"], "T, tokens.")
-    flags.DEFINE_list("widths", ["16", "64", "128"], "K = V.")
+    flags.DEFINE_list("operations", list(SIZES), "Those that are measured.")
+    flags.DEFINE_list("lengths", [], "T, tokens, or pixels, a square number; none for the usual.")
+    flags.DEFINE_list("widths", [], "K = V, or channels; none for the usual.")
     flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
     flags.DEFINE_string("out", str(FILE), "The file that is updated.")
 
@@ -39,29 +48,41 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        lengths = [bench.parse_shape("T", text)[0] for text in given.lengths]
-        widths = [bench.parse_shape("K", text)[0] for text in given.widths]
+        unknown = set(given.operations) - set(SIZES)
+        if unknown:
+            raise ValueError(f"--operations: {sorted(unknown)} are not among {list(SIZES)}")
+        sizes = [
+            (operation, bench.parse_shape("T", tokens)[0], bench.parse_shape("K", width)[0])
+            for operation in given.operations
+            for tokens in given.lengths or SIZES[operation][0]
+            for width in given.widths or SIZES[operation][1]
+        ]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     device = jax.devices()[0].device_kind
-    sizes = [(tokens, width) for tokens in lengths for width in widths]
     rows = []
-    for operation in ("delta_product", "additive_scan"):
-        for tokens, width in sizes:
-            rows.append(row(operation, device, tokens, width, given.repetitions))
-            print(json.dumps(rows[-1]))
+    for operation, tokens, width in sizes:
+        rows.append(row(device, operation, tokens, width, given.repetitions))
+        print(json.dumps(rows[-1]))
     path = pathlib.Path(given.out)
     others = json.loads(path.read_text()) if path.exists() else []
-    rows = [x for x in others if x["device"] != device] + rows
+    measured = lambda x: x["device"] == device and x["operation"] in given.operations
+    rows = [x for x in others if not measured(x)] + rows
     path.write_text("[\n" + ",\n".join(f"  {json.dumps(x)}" for x in rows) + "\n]\n")
 
 
-def row(operation: str, device: str, tokens: int, width: int, repetitions: int) -> dict[str, Any]:
+def row(device: str, operation: str, tokens: int, width: int, repetitions: int) -> dict[str, Any]:
     """The fastest implementation at a size, and the times of the others over its own."""
     what = bench.OPERATIONS[operation]
-    shape = (max(1, 2048 // tokens), tokens, HEADS, width, width)
-    arguments = what.inputs((*shape, 1) if operation == "delta_product" else shape, True)
+    shape: bench.Shape
+    if operation == "convolution_3x3":
+        side = math.isqrt(tokens)
+        shape = (max(1, 1024 // tokens), side, side, width, width)
+    else:
+        steps = (1,) if operation == "delta_product" else ()
+        shape = (max(1, 2048 // tokens), tokens, HEADS, width, width, *steps)
+    arguments = what.inputs(shape, True)
     names = what.implementations()
     if jax.default_backend() == "gpu":
         arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)

@@ -1,13 +1,15 @@
 """The operations that are timed: what they are called with, and what they compute at least."""
 
 from collections.abc import Callable, Collection, Mapping
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from . import Experts, additive_scan, delta_product, dispatch, expert_mlp
+from . import Experts, additive_scan, convolution_3x3, delta_product, dispatch, expert_mlp
 from .additive_scan import api as additive_api
+from .convolution import api as convolution_api
 from .delta_product import api as delta_api
 
 Shape = tuple[int, ...]
@@ -93,6 +95,23 @@ def _expert_flops(shape: Shape) -> float:
     return 4.0 * tokens * choices * hidden * width
 
 
+def _convolution_inputs(shape: Shape, gated: bool):
+    """Random images, and a kernel that keeps their size."""
+    del gated
+    *image, features = shape
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[1], (3, 3, image[-1], features))
+    return jax.random.normal(keys[0], image), kernel / (9 * image[-1]) ** 0.5
+
+
+def _convolution_flops(shape: Shape) -> float:
+    return 18.0 * math.prod(shape)
+
+
+def _convolution(*arguments, implementation: str):
+    return convolution_3x3(*arguments, implementation=implementation), None
+
+
 EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"implementation": "dense"},
     "ragged": {"implementation": "ragged"},
@@ -135,6 +154,15 @@ OPERATIONS = {
         lambda: _runnable(additive_api.IMPLEMENTATIONS),
         _additive_inputs,
         _additive_flops,
+    ),
+    "convolution_3x3": Operation(
+        "B,H,W,I,O",
+        "8,32,32,96,96;8,16,16,192,192;8,8,8,192,192",
+        _convolution,
+        lambda: _runnable(convolution_api.IMPLEMENTATIONS),
+        _convolution_inputs,
+        _convolution_flops,
+        baseline="xla",
     ),
     "expert_mlp": Operation(
         "T,D,F,E,J",

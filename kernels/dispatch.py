@@ -52,7 +52,7 @@ def call(
       table: of its implementations; their order is the order of choice where nothing is measured.
       name: of one of them, or None.
       *args: for the implementation.
-      size: tokens and width of a head, by which measurements are looked up.
+      size: tokens and width of a head, or pixels and channels, by which measurements are looked up.
       **kwargs: for the implementation.
 
     Raises:

@@ -64,13 +64,13 @@ inline void store(T* to, Vector<T> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// Zeroed memory that begins at a whole vector.
+// Memory that begins at a whole vector; zeroed, unless all that is read is written before.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(size_t size)
+  explicit Buffer(size_t size, bool zeroed = true)
       : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {
-    std::memset(data_, 0, size * sizeof(T));
+    if (zeroed) std::memset(data_, 0, size * sizeof(T));
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   ~Buffer() { ::operator delete(data_, kAlignment); }

@@ -76,17 +76,22 @@ def call(name: str, outputs: list[jax.ShapeDtypeStruct], inputs, in_place=None, 
 
     ``in_place``: the number of an input to that of the output that takes its place.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in inputs]
-    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
-    inputs = [
-        jax.lax.pcast(x, more, to="varying") if more else x
-        for x, more in zip(inputs, missing, strict=True)
-    ]
+    inputs = vary_alike(*inputs)
     outputs = varying(outputs, [x for x in inputs if x.size])
     function = jax.ffi.ffi_call(
         f"scanax_{name}", outputs, vmap_method="sequential", input_output_aliases=in_place
     )
     return function(*inputs, **attributes)
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays that all vary over the axes of ``jax.shard_map`` over which any of them does."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
+    return [
+        jax.lax.pcast(x, more, to="varying") if more else x
+        for x, more in zip(arrays, missing, strict=True)
+    ]
 
 
 def or_nothing(x, dtype) -> jax.Array:

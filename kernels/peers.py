@@ -3,6 +3,7 @@
   delta_product   transformers  torch_chunk_gated_delta_rule, what CPU users of it run
                   fla           its chunk form in plain torch (fla-core; triton is not needed)
                   jla           its chunk form in plain JAX (jax-linear-attention)
+  convolution_3x3 torch         its convolution, images with channels last
   additive_scan   torch_gla     gated linear attention by chunks in torch, written here: of those of
                                 fla, the chunk form needs a GPU, the other goes token by token
                   jla           its chunk form of gated linear attention in plain JAX
@@ -40,7 +41,7 @@ class Peer(NamedTuple):
     Attributes:
       forward: runs once and returns the seconds that it took.
       both: the same for forward and backward of sum(o^2).
-      outputs: returns o [B, T, H, V].
+      outputs: returns the outputs, as ours are.
     """
 
     forward: Callable[[], float]
@@ -55,7 +56,7 @@ def installed(operation: str, jla_python: str = "") -> dict[str, Maker]:
     """The peers of an operation that can run here, by name.
 
     Args:
-      operation: "delta_product" or "additive_scan"; others have none.
+      operation: "delta_product", "additive_scan" or "convolution_3x3"; others have none.
       jla_python: the interpreter that has jla; "" for none.
 
     Raises:
@@ -67,6 +68,8 @@ def installed(operation: str, jla_python: str = "") -> dict[str, Maker]:
         needed["fla"] = fla, ("torch", "einops", "fla")
     elif operation == "additive_scan":
         needed["torch_gla"] = torch_gla, ("torch",)
+    elif operation == "convolution_3x3":
+        needed["torch"] = torch_convolution, ("torch",)
     found = importlib.util.find_spec
     makers = {name: peer for name, (peer, packages) in needed.items() if all(map(found, packages))}
     if jla_python:
@@ -124,6 +127,18 @@ def _torch_delta_rule(published, q, k, v, beta, g) -> Peer:
 @contextlib.contextmanager
 def torch_gla(q, k, v) -> Iterator[Peer]:
     yield _torch_peer(_chunked_gla, _as_gla(q, k, v).values())
+
+
+@contextlib.contextmanager
+def torch_convolution(x, kernel) -> Iterator[Peer]:
+    """Both arrays with channels last in memory, torch's faster layout on CPU."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def convolved(x, kernel):
+        images, kernel = x.permute(0, 3, 1, 2), kernel.permute(0, 3, 1, 2)
+        return torch.nn.functional.conv2d(images, kernel, padding=1).permute(0, 2, 3, 1)
+
+    yield _torch_peer(convolved, [x, np.ascontiguousarray(kernel.transpose(3, 0, 1, 2))])
 
 
 def _as_gla(q, k, v) -> dict[str, np.ndarray]:

@@ -11,11 +11,12 @@ import command
 
 from scanax.kernels import native
 from scanax.kernels.additive_scan import native_cpu as additive_scan
+from scanax.kernels.convolution import native_cpu as convolution
 from scanax.kernels.delta_product import native_cpu as delta_product
 
 
 def main(folder: pathlib.Path) -> None:
-    for source in (native.HEADER, additive_scan.SOURCE, delta_product.SOURCE):
+    for source in (native.HEADER, *(x.SOURCE for x in (additive_scan, convolution, delta_product))):
         assert source.exists(), f"{source} was not installed"
     for _ in range(2):  # trains, then finds the run finished
         result = command.run(command.train_command(folder / "run"))

@@ -100,12 +100,12 @@ def benchmark(
             rows.append({"what": what, "library": library})
             calls.append(call)
     times = [[] for _ in calls]
-    for number in range(1 + repetitions):
+    for _ in range(repetitions):
         for call, spent in zip(calls, times, strict=True):
+            call()  # the first finds memory and caches as another one left them
             start = time.perf_counter()
             call()
-            if number:  # the first is a warm-up
-                spent.append(time.perf_counter() - start)
+            spent.append(time.perf_counter() - start)
     for row, spent in zip(rows, times, strict=True):
         row["milliseconds"] = 1e3 * statistics.median(spent)
         row["fastest_milliseconds"] = 1e3 * min(spent)

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ...kernels import convolution_3x3
 from ...kernels.dtypes import accumulation_dtype
-from ..layers import DType, Initializer, parameter
+from ..layers import DType, Initializer, parameter, product_of_rows
 
 
 class Init(NamedTuple):
@@ -53,7 +54,9 @@ class Conv(nn.Module):
         kernel = parameter(self, "kernel", self.start.kernel, axes, shape, self.param_dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if size == 1:
-            y = jnp.matmul(x, kernel)
+            y = product_of_rows(x, kernel, None)
+        elif size == 3 and stride == 1 and pad is None:
+            y = convolution_3x3(x, kernel)
         else:
             pad = size // 2 if pad is None else pad
             dimensions = ("NHWC", "HWIO", "NHWC")

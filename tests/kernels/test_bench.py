@@ -24,19 +24,20 @@ from scanax.kernels import bench, bench_decode, bench_linear, peers
 pytestmark = pytest.mark.usefixtures("hurried_compiler")
 
 DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
-EXPERTS = bench.OPERATIONS["expert_mlp"]
+EXPERTS, CONVOLUTION = bench.OPERATIONS["expert_mlp"], bench.OPERATIONS["convolution_3x3"]
 
 
-@pytest.mark.parametrize("operation", [DELTA, ADDITIVE])
+@pytest.mark.parametrize("operation", [DELTA, ADDITIVE, CONVOLUTION])
 def test_rows_and_table(operation):
     shape = (1, 12, 2, 4, 8, 2)[: len(operation.dimensions.split(","))]
     rows = bench.benchmark(operation, shape, gated=True, repetitions=2, others={})
+    here = set(IMPLEMENTATIONS) - ({"reference"} if operation is CONVOLUTION else set())
     assert {(row["what"], row["implementation"]) for row in rows} == {
-        (what, name) for what in bench.WHATS for name in IMPLEMENTATIONS
+        (what, name) for what in bench.WHATS for name in here
     }
     for row in rows:
         assert row["milliseconds"] > 0 and row["over_floor"] > 0
-        if row["implementation"] == "reference":
+        if row["implementation"] == operation.baseline:
             assert row["baseline_over_this"] == 1
     assert bench.table(operation, rows).count("\n") == len(rows) + 1
 
@@ -87,13 +88,14 @@ def test_peers_are_checked_and_timed():
         ("delta_product", "transformers", ("torch", "transformers")),
         ("delta_product", "fla", ("torch", "einops", "fla")),
         ("additive_scan", "torch_gla", ("torch",)),
+        ("convolution_3x3", "torch", ("torch",)),
     ],
 )
 def test_peers_are_the_same_operation(operation, name, packages):
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"pip install {package} to compare with it")
-    shape = (2, 70, 2, 8, 8, 2) if operation == "delta_product" else (2, 70, 2, 8, 8)
+    shape = (2, 70, 2, 8, 8, 2)[: len(bench.OPERATIONS[operation].dimensions.split(","))]
     peer = peers.installed(operation)[name]
     bench.benchmark(bench.OPERATIONS[operation], shape, True, 1, {name: peer})
 
@@ -222,6 +224,7 @@ def test_command_line(tmp_path):
 def test_flops_of_the_definition():
     assert DELTA.flops((4, 2048, 4, 64, 64, 1)) == 8 * 4 * 2048 * 4 * 64 * 64
     assert ADDITIVE.flops((4, 2048, 4, 64, 64)) == 5 * 4 * 2048 * 4 * 64 * 64
+    assert CONVOLUTION.flops((8, 32, 16, 96, 64)) == 2 * 9 * 8 * 32 * 16 * 96 * 64
     assert EXPERTS.flops((2048, 352, 352, 16, 2)) == 4 * 2048 * 2 * 352 * 352
 
 
@@ -237,13 +240,14 @@ def test_defaults_are_measured_and_those_of_other_devices_kept(tmp_path):
     rows = [{"operation": "delta_product", "device": d, **size} for d in ("another", "cpu")]
     path.write_text(json.dumps(rows))
     command = [sys.executable, "-m", "scanax.kernels.bench_defaults", f"--out={path}"]
-    arguments = ["--lengths=3", "--widths=4", "--repetitions=1"]
+    arguments = ["--lengths=4", "--widths=4", "--repetitions=1"]
     subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
     kept, *new = json.loads(path.read_text())
     assert kept == rows[0]
     assert [(row["operation"], row["tokens"], row["width"]) for row in new] == [
-        ("delta_product", 3, 4),
-        ("additive_scan", 3, 4),
+        ("delta_product", 4, 4),
+        ("additive_scan", 4, 4),
+        ("convolution_3x3", 4, 4),
     ]
     for row in new:
         assert row["device"] == "cpu" and min(row["time_over_fastest"].values()) == 1
