@@ -12,6 +12,7 @@ from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
 from .. import native
+from ..dtypes import accumulation_dtype
 from ..per_device import not_divided, per_device
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
@@ -20,8 +21,8 @@ INPUTS, OUTPUT = ("BYXI", "YXIH"), "BYXH"  # on a mesh: rows and outputs are div
 
 def supports(x: jax.Array, kernel: jax.Array) -> str | None:
     """Why these arguments do not fit, or None."""
-    if x.dtype not in (jnp.float32, jnp.float64):
-        return f"it takes float32 and float64, not {x.dtype}"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"it takes floating-point numbers, not {x.dtype}"
     return why_not() or not_divided(INPUTS, (x, kernel))
 
 
@@ -31,8 +32,10 @@ def why_not() -> str | None:
 
 
 def convolution_3x3(x_BYXI: jax.Array, kernel_33IO: jax.Array) -> jax.Array:
-    """[B, Y, X, I] and [3, 3, I, O] -> [B, Y, X, O], as ``xla.py``."""
-    return per_device(_convolution, INPUTS, OUTPUT)(x_BYXI, kernel_33IO)
+    """[B, Y, X, I] and [3, 3, I, O] -> [B, Y, X, O], as ``xla.py``; in float32 or better."""
+    wide = accumulation_dtype(x_BYXI.dtype)
+    run = per_device(_convolution, INPUTS, OUTPUT)
+    return run(x_BYXI.astype(wide), kernel_33IO.astype(wide)).astype(x_BYXI.dtype)
 
 
 def _convolution(x, kernel, turned: bool = False):

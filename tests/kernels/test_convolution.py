@@ -156,10 +156,19 @@ def test_cpus_take_it_by_default():
     kernel = jax.ShapeDtypeStruct((3, 3, 96, 96), "float32")
     assert dispatch.fastest_measured("convolution_3x3", "cpu", 32 * 32, 96) == "native_cpu"
     assert "convolution_3x3[" in str(jax.make_jaxpr(convolution_3x3)(x, kernel))
-    narrow = [a.update(dtype=jnp.dtype("bfloat16")) for a in (x, kernel)]
-    assert "conv_general_dilated[" in str(jax.make_jaxpr(convolution_3x3)(*narrow))
-    with pytest.raises(ValueError, match=r"takes float32 and float64, not bfloat16.*\['xla'\]"):
-        jax.eval_shape(native, *narrow)
+    whole = [a.update(dtype=jnp.dtype("int32")) for a in (x, kernel)]
+    assert "conv_general_dilated[" in str(jax.make_jaxpr(convolution_3x3)(*whole))
+    with pytest.raises(ValueError, match=r"takes floating-point numbers, not int32.*\['xla'\]"):
+        jax.eval_shape(native, *whole)
+
+
+@needs_compiler
+def test_narrow_types_are_rounded_once():
+    x, kernel, _ = map(jnp.asarray, arrays((2, 8, 8, 32, 16)))
+    narrow = [a.astype("bfloat16") for a in (x, kernel)]
+    y = native(*narrow)
+    assert y.dtype == "bfloat16"
+    assert (y == native(*(a.astype("float32") for a in narrow)).astype("bfloat16")).all()
 
 
 def test_bad_arguments():
