@@ -67,7 +67,7 @@ def cases() -> Iterator[Case]:
 def define_flags() -> None:
     """For the command alone: a process that imports this module may have others of these names."""
     flags.DEFINE_list("chips", list(TOPOLOGIES), "To compile for.")
-    only = "Kernels whose line in the table has these words; all of them take a quarter of an hour."
+    only = "Kernels whose line in the table has these words; all of them take twenty minutes."
     flags.DEFINE_string("only", "bfloat16 128", only)
     flags.DEFINE_bool("update", False, "Write the counts as the new budget.")
     flags.DEFINE_string("chip", "", "Of a process that this command starts.")
