@@ -57,6 +57,9 @@ def main(argv: list[str]) -> None:
             for tokens in given.lengths or SIZES[operation][0]
             for width in given.widths or SIZES[operation][1]
         ]
+        for operation, tokens, _ in sizes:
+            if operation == "convolution_3x3" and math.isqrt(tokens) ** 2 != tokens:
+                raise ValueError(f"--lengths: {tokens} pixels are no square image")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,7 +89,8 @@ def row(device: str, operation: str, tokens: int, width: int, repetitions: int) 
     names = what.implementations()
     if jax.default_backend() == "gpu":
         arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
-        names = [*names, "pallas_gpu"] if width in WIDTHS else names
+        scan = operation != "convolution_3x3"
+        names = [*names, "pallas_gpu"] if scan and width in WIDTHS else names
     calls = {
         name: functools.partial(bench.seconds, bench.functions(what, name)[1], *arguments)
         for name in names

@@ -36,5 +36,5 @@ def convolution_3x3(
         )
     if x.dtype != kernel.dtype:
         raise ValueError(f"convolution_3x3: images are {x.dtype} but the kernel is {kernel.dtype}")
-    size = (x.shape[1] * x.shape[2], x.shape[3])
+    size = (max(1, x.shape[1] * x.shape[2]), max(1, x.shape[3]))
     return dispatch.call("convolution_3x3", IMPLEMENTATIONS, implementation, x, kernel, size=size)

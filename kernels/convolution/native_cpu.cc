@@ -270,7 +270,8 @@ template <typename T>
 void convolve(ffi::ThreadPool& pool, const Shape& shape, bool turned, const T* x, const T* kernel,
               T* y) {
   const Parts ins{shape.in, kInputs}, outs{shape.out, kColumns};
-  const int64_t wanted = (2 * pool.num_threads() + outs.count() - 1) / outs.count();
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t wanted = (2 * threads + outs.count() - 1) / outs.count();
   const Parts groups = rows_in(shape.tiles(), wanted);
   among_threads(pool, groups.count() * outs.count(), [&](const std::function<int64_t()>& next) {
     const int most_in = std::min(shape.in, kInputs), most_out = std::min(shape.out, kColumns);
@@ -306,7 +307,8 @@ template <typename T>
 void kernel_gradient(ffi::ThreadPool& pool, const Shape& shape, const T* x, const T* dy, T* dw) {
   const Parts ins{shape.in, kRows}, outs{shape.out, kColumns}, blocks{shape.tiles(), kDepth};
   const int64_t parts = ins.count() * outs.count();
-  const int64_t wanted = (4 * pool.num_threads() + parts - 1) / parts;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t wanted = (4 * threads + parts - 1) / parts;
   const int64_t groups = std::min(blocks.count(), wanted);
   const int64_t size = int64_t{9} * shape.in * shape.out;
   const Buffer<T> others((groups - 1) * size, false);  // dw of all groups but the first

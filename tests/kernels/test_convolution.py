@@ -25,6 +25,9 @@ SHAPES = {
     "several parts": (2, 10, 12, 100, 70),
     "one tile": (1, 2, 2, 49, 130),
     "no image": (0, 4, 4, 3, 2),
+    "no pixel": (2, 0, 4, 3, 2),
+    "no channel": (2, 4, 4, 0, 2),
+    "no output": (2, 4, 4, 3, 0),
 }
 
 
@@ -141,13 +144,29 @@ def test_within_a_shard_map_that_checks_replication():
 
 
 @needs_compiler
-def test_nan_stays_near_its_pixel():
-    x, kernel, _ = arrays((2, 12, 12, 3, 4))
-    x[0, 5, 6, 1] = np.nan
-    y = np.isnan(native(x, kernel)).any(axis=-1)
-    assert y[0, 4:7, 5:8].all()  # whoever sees it
-    y[0, 3:9, 4:10] = False  # and none but the tiles that do
-    assert not y.any()
+def test_nan_reaches_those_that_see_it():
+    x, kernel, dy = arrays((2, 12, 11, 3, 4))
+    for pixel in ((0, 5, 6), (1, 0, 0), (0, 11, 10), (1, 4, 3)):
+        spoilt, cotangent = x.copy(), dy.copy()
+        spoilt[pixel], cotangent[pixel] = np.nan, np.nan
+        for spoil in (
+            lambda f, x=spoilt: f(x, kernel),
+            lambda f, dy=cotangent: jax.vjp(f, x, kernel)[1](dy)[0],
+        ):
+            assert (np.isnan(spoil(native)) == np.isnan(spoil(plain))).all()
+
+
+@needs_compiler
+def test_arrays_on_explicit_axes_take_the_compilers():
+    x, kernel, _ = arrays((4, 4, 4, 3, 2))
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    divided = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("rows")))
+    whole = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, P()))
+    loss = lambda function: jax.jit(jax.grad(lambda *z: jnp.sum(function(*z) ** 2), (0, 1)))
+    for a, e in zip(loss(convolution_3x3)(divided, whole), loss(plain)(x, kernel), strict=True):
+        assert largest(jax.device_get(a), jax.device_get(e)) < 2e-6
+    with pytest.raises(ValueError, match="the mesh axes rows are explicit"):
+        jax.jit(native)(divided, whole)
 
 
 @needs_compiler
