@@ -47,12 +47,12 @@ def per_device(function: Callable[..., Any], inputs: Any, outputs: Any) -> Calla
 def not_divided(inputs: Any, arrays: Any) -> str | None:
     """Which rows or heads of the arrays the ambient mesh does not divide; None if it does.
 
-    Neither does it divide arrays on another mesh whose axes are explicit.
+    Explicit axes divide nothing here: arrays on them are only accepted whole, on one device.
     """
     for array in jax.tree.leaves(arrays):
-        explicit = getattr(jax.typeof(array).sharding.mesh, "explicit_axes", ())
-        if explicit:
-            return f"the mesh axes {', '.join(explicit)} are explicit, not automatic"
+        mesh, spec = (at := jax.typeof(array).sharding).mesh, at.spec
+        if mesh.explicit_axes and (mesh.size > 1 or any(spec)):
+            return f"the mesh axes {', '.join(mesh.explicit_axes)} are explicit, not automatic"
     mesh = _divided()
     if mesh is None:
         return None

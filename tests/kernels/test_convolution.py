@@ -157,9 +157,10 @@ def test_nan_reaches_those_that_see_it():
 
 
 @needs_compiler
-def test_arrays_on_explicit_axes_take_the_compilers():
+@pytest.mark.parametrize("devices", [1, 4])
+def test_arrays_on_explicit_axes_take_the_compilers(devices):
     x, kernel, _ = arrays((4, 4, 4, 3, 2))
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     divided = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("rows")))
     whole = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, P()))
     loss = lambda function: jax.jit(jax.grad(lambda *z: jnp.sum(function(*z) ** 2), (0, 1)))
