@@ -18,5 +18,6 @@ setup(
         "scanax.kernels.delta_product": ["*.cc"],
         "scanax.kernels.additive_scan": ["*.cc"],
         "scanax.kernels.convolution": ["*.cc"],
+        "scanax.kernels.short_convolution": ["*.cc"],
     },
 )

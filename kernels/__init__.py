@@ -8,6 +8,7 @@ from .additive_scan import additive_attention, additive_scan, additive_step
 from .convolution import convolution_3x3
 from .delta_product import delta_product, delta_product_step
 from .expert_mlp import Experts, expert_mlp, expert_mlp_sharded
+from .short_convolution import short_convolution
 
 __all__ = [
     "Experts",
@@ -19,4 +20,5 @@ __all__ = [
     "delta_product_step",
     "expert_mlp",
     "expert_mlp_sharded",
+    "short_convolution",
 ]

@@ -4,11 +4,13 @@
   python -m scanax.kernels.bench --operation additive_scan --shapes "4,2048,4,64,64"
   python -m scanax.kernels.bench --operation expert_mlp --shapes "2048,352,352,16,2"
   python -m scanax.kernels.bench --operation convolution_3x3 --shapes "8,32,32,96,96"
+  python -m scanax.kernels.bench --operation short_convolution --shapes "4,1024,512,4"
   python -m scanax.kernels.bench --suite gpu --out DIR
   python -m scanax.kernels.bench --suite gpu_model --out DIR
 
 A shape is B,T,H,K,V,N for delta_product, B,T,H,K,V for additive_scan, T,D,F,E,J for expert_mlp
-(experts with ReLU and biases; tokens choose at random), and B,H,W,I,O for convolution_3x3.
+(experts with ReLU and biases; tokens choose at random), B,H,W,I,O for convolution_3x3, and B,T,D,W
+for short_convolution with SiLU.
 Repetitions of all implementations are interleaved, so that a busy machine hurts them alike: quote
 the ratios, not the times. The GEMM floor is the time that the operation's FLOPs would take at the
 rate of a large float32 matrix product of the same run.
@@ -18,9 +20,9 @@ their outputs have been compared with ours. jax-linear-attention needs an interp
 FLOPs are those of the definition, per token and head: delta_product has 4 K V for each Householder
 step (read and write of the state) and 4 K V for decay and read, additive_scan 3 K V for decay and
 write and 2 K V for the read; expert_mlp has 4 D F per token and choice, convolution_3x3 18 I O per
-pixel; backward counted as twice the forward. For expert_mlp, whose implementations differ in it,
-there is the compiler's count as well, and its figure for temporary buffers; of a scan the compiler
-counts one turn.
+pixel, short_convolution 2 W D per token; backward counted as twice the forward. For expert_mlp,
+whose implementations differ in it, there is the compiler's count as well, and its figure for
+temporary buffers; of a scan the compiler counts one turn.
 """
 
 from collections.abc import Callable, Mapping

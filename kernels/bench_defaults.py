@@ -3,10 +3,10 @@
   python -m scanax.kernels.bench_defaults
 
 Times forward+backward of every implementation that this device runs, of the scans over lengths and
-widths of heads, in float32, or in bfloat16 on GPUs, whose kernels take nothing else, and on CPU of
-the convolution over pixels and channels; and puts the fastest of each size in the place of what the
-file says of this kind of device. ``implementation=None`` then takes the entry of the nearest size
-(``dispatch.py``).
+widths of heads, and of the convolutions over pixels or tokens and channels; in float32, or in
+bfloat16 on GPUs, whose kernels take nothing else. The fastest of each size is put in the place of
+what the file says of this kind of device. ``implementation=None`` then takes the entry of the
+nearest size (``dispatch.py``).
 """
 
 import functools
@@ -27,10 +27,12 @@ from .hopper_scans import WIDTHS
 FILE = pathlib.Path(__file__).with_name("defaults.json")
 HEADS = 4
 SCAN = ["1", "4", "32", "256", "2048"], ["16", "64", "128"]
-SIZES = {  # lengths and widths: tokens and channels of a head, or pixels and channels of an image
+TAPS = 4  # of a short convolution
+SIZES = {  # lengths and widths: tokens and channels of a head or row, or pixels and channels
     "delta_product": SCAN,
     "additive_scan": SCAN,
     "convolution_3x3": (["16", "64", "256", "1024", "4096"], ["4", "16", "64", "192", "512"]),
+    "short_convolution": (["1", "4", "32", "256", "2048"], ["64", "256", "1024"]),
 }
 
 
@@ -82,6 +84,8 @@ def row(device: str, operation: str, tokens: int, width: int, repetitions: int) 
     if operation == "convolution_3x3":
         side = math.isqrt(tokens)
         shape = (max(1, 1024 // tokens), side, side, width, width)
+    elif operation == "short_convolution":
+        shape = (max(1, 2048 // tokens), tokens, width, TAPS)
     else:
         steps = (1,) if operation == "delta_product" else ()
         shape = (max(1, 2048 // tokens), tokens, HEADS, width, width, *steps)
@@ -89,8 +93,7 @@ def row(device: str, operation: str, tokens: int, width: int, repetitions: int) 
     names = what.implementations()
     if jax.default_backend() == "gpu":
         arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments)
-        scan = operation != "convolution_3x3"
-        names = [*names, "pallas_gpu"] if scan and width in WIDTHS else names
+        names = [*names, "pallas_gpu"] if SIZES[operation] is SCAN and width in WIDTHS else names
     calls = {
         name: functools.partial(bench.seconds, bench.functions(what, name)[1], *arguments)
         for name in names

@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import Experts, additive_scan, convolution_3x3, delta_product, dispatch, expert_mlp
+from . import (
+    Experts,
+    additive_scan,
+    convolution_3x3,
+    delta_product,
+    dispatch,
+    expert_mlp,
+    short_convolution,
+)
 from .additive_scan import api as additive_api
 from .convolution import api as convolution_api
 from .delta_product import api as delta_api
+from .short_convolution import api as short_api
 
 Shape = tuple[int, ...]
 
@@ -112,6 +121,24 @@ def _convolution(*arguments, implementation: str):
     return convolution_3x3(*arguments, implementation=implementation), None
 
 
+def _short_inputs(shape: Shape, gated: bool):
+    """Random inputs and a kernel."""
+    del gated
+    *inputs, taps = shape
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[1], (taps, inputs[-1])) / taps**0.5
+    return jax.random.normal(keys[0], inputs), kernel
+
+
+def _short_flops(shape: Shape) -> float:
+    return 2.0 * math.prod(shape)
+
+
+def _short_convolution(x, kernel, *, implementation: str):
+    y = short_convolution(x, kernel, activation="silu", implementation=implementation)
+    return y, None
+
+
 EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"implementation": "dense"},
     "ragged": {"implementation": "ragged"},
@@ -162,6 +189,15 @@ OPERATIONS = {
         lambda: _runnable(convolution_api.IMPLEMENTATIONS),
         _convolution_inputs,
         _convolution_flops,
+        baseline="xla",
+    ),
+    "short_convolution": Operation(
+        "B,T,D,W",
+        "4,1024,256,4;4,1024,512,4",
+        _short_convolution,
+        lambda: _runnable(short_api.IMPLEMENTATIONS),
+        _short_inputs,
+        _short_flops,
         baseline="xla",
     ),
     "expert_mlp": Operation(

@@ -4,6 +4,7 @@
                   fla           its chunk form in plain torch (fla-core; triton is not needed)
                   jla           its chunk form in plain JAX (jax-linear-attention)
   convolution_3x3 torch         its convolution, images with channels last
+  short_convolution torch       its convolution in groups of one channel, and its SiLU
   additive_scan   torch_gla     gated linear attention by chunks in torch, written here: of those of
                                 fla, the chunk form needs a GPU, the other goes token by token
                   jla           its chunk form of gated linear attention in plain JAX
@@ -56,7 +57,7 @@ def installed(operation: str, jla_python: str = "") -> dict[str, Maker]:
     """The peers of an operation that can run here, by name.
 
     Args:
-      operation: "delta_product", "additive_scan" or "convolution_3x3"; others have none.
+      operation: "delta_product", "additive_scan" or a convolution; others have none.
       jla_python: the interpreter that has jla; "" for none.
 
     Raises:
@@ -70,6 +71,8 @@ def installed(operation: str, jla_python: str = "") -> dict[str, Maker]:
         needed["torch_gla"] = torch_gla, ("torch",)
     elif operation == "convolution_3x3":
         needed["torch"] = torch_convolution, ("torch",)
+    elif operation == "short_convolution":
+        needed["torch"] = torch_short_convolution, ("torch",)
     found = importlib.util.find_spec
     makers = {name: peer for name, (peer, packages) in needed.items() if all(map(found, packages))}
     if jla_python:
@@ -102,13 +105,18 @@ def transformers(q, k, v, beta, g) -> Iterator[Peer]:
 
 @contextlib.contextmanager
 def fla(q, k, v, beta, g) -> Iterator[Peer]:
-    # The file alone: the package imports triton.
+    published = fla_naive("gated_delta_rule").naive_chunk_gated_delta_rule
+    yield _torch_delta_rule(published, q, k, v, beta, g)
+
+
+def fla_naive(operation: str) -> Any:
+    """The module with an operation of fla in plain torch. The file alone: fla imports triton."""
     [folder] = importlib.util.find_spec("fla").submodule_search_locations  # pyright: ignore
-    path = Path(folder) / "ops" / "gated_delta_rule" / "naive.py"
-    spec: Any = importlib.util.spec_from_file_location("fla_naive", path)
-    published = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(published)
-    yield _torch_delta_rule(published.naive_chunk_gated_delta_rule, q, k, v, beta, g)
+    path = Path(folder) / "ops" / operation / "naive.py"
+    spec: Any = importlib.util.spec_from_file_location(f"fla_{operation}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _torch_delta_rule(published, q, k, v, beta, g) -> Peer:
@@ -139,6 +147,19 @@ def torch_convolution(x, kernel) -> Iterator[Peer]:
         return torch.nn.functional.conv2d(images, kernel, padding=1).permute(0, 2, 3, 1)
 
     yield _torch_peer(convolved, [x, np.ascontiguousarray(kernel.transpose(3, 0, 1, 2))])
+
+
+@contextlib.contextmanager
+def torch_short_convolution(x, kernel) -> Iterator[Peer]:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    taps, channels = kernel.shape
+
+    def convolved(x, kernel):
+        y = torch.nn.functional.conv1d(x.mT, kernel.T[:, None], padding=taps - 1, groups=channels)
+        return torch.nn.functional.silu(y[..., : x.shape[1]].mT)
+
+    yield _torch_peer(convolved, [x, kernel])
 
 
 def _as_gla(q, k, v) -> dict[str, np.ndarray]:

@@ -4,10 +4,12 @@
 
 About 10 million parameters each, in float32. Both sides begin with the same weights, read the same
 rows of a fixed Markov chain on the same cores, and take the same steps of AdamW: the losses of the
-first ``--steps`` must be equal to ``AGREEMENT`` before anything is timed. PyTorch has the
-recurrences that users without a GPU get, see ``language_bench_torch``. Repetitions of all are
-interleaved: quote the ratios, not the times, and of an idle machine, as a busy one hurts PyTorch
-more. Memory is the compiler's figure for temporary buffers. All takes minutes on two cores.
+first ``--steps`` must be equal to ``AGREEMENT`` before anything is timed. PyTorch runs twice: with
+the recurrences of fla, the package of the published layers, that need no GPU, and with the fastest
+known ("torch"); see ``language_bench_torch``. Repetitions of all are interleaved: quote the ratios,
+not the times, and of an idle machine, as a busy one hurts PyTorch more. Memory is the compiler's
+figure for temporary buffers. All takes ten minutes on two cores, nearly all of it LightNet with
+fla's recurrence.
 
 The second table says where our step spends its time: every part is compiled alone at the model's
 shapes, forward and backward (``language_bench_parts``), timed in the same repetitions, and counted
@@ -15,7 +17,7 @@ as often as the model has it. The rest is what the parts do not have (norms and 
 layers) and what they cost less or more alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import importlib.util
 import json
 import os
@@ -46,8 +48,11 @@ PUBLISHED = {
     },
     "lightnet": {"tie_word_embeddings": True},
 }
-# What PyTorch's side needs.
-PACKAGES = {"delta_product": ("torch", "transformers"), "lightnet": ("torch",)}
+# What PyTorch's side needs with the recurrences of a peer, by family.
+PACKAGES = {
+    "torch": {"delta_product": ("torch", "transformers"), "lightnet": ("torch",)},
+    "fla": dict.fromkeys(PUBLISHED, ("torch", "einops", "fla")),
+}
 
 
 def define_flags() -> None:
@@ -62,7 +67,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 1024, "Of a row.", lower_bound=1)
     flags.DEFINE_integer("steps", 20, "Whose losses are compared.", lower_bound=1)
     flags.DEFINE_integer("repetitions", 5, "Timed calls of each.", lower_bound=1)
-    flags.DEFINE_bool("torch", True, "Beside PyTorch, if it is installed.")
+    flags.DEFINE_list("peers", [*PACKAGES], "Recurrences of PyTorch's side, where installed.")
     flags.DEFINE_string("out", "", "Also write the figures here, as JSON.")
 
 
@@ -73,6 +78,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         sizes = (given.hidden_size, given.layers, given.heads, given.vocabulary, given.householder)
         models = {family: published(family, *sizes) for family in given.family}
+        for name in given.peers:
+            if name not in PACKAGES:
+                raise ValueError(f"--peers: {name!r} is not one of {', '.join(PACKAGES)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -82,7 +90,7 @@ def main(argv: list[str]) -> None:
     shape, results = (given.steps, given.batch, given.tokens), []
     for family, public in models.items():
         try:
-            result = benchmark(family, public, shape, given.repetitions, given.torch)
+            result = benchmark(family, public, shape, given.repetitions, given.peers)
         except Disagreement as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -121,20 +129,21 @@ def benchmark(
     public: dict[str, Any],
     shape: tuple[int, int, int],
     repetitions: int,
-    with_torch: bool,
+    peers: Collection[str],
 ) -> dict[str, Any]:
     """Figures of one model: its losses, a row for every library, milliseconds of our parts.
 
     Args:
       public: configuration, as published.
       shape: steps, rows and tokens.
+      peers: see ``begin``.
 
     Raises:
       Disagreement: if PyTorch's losses are others.
     """
     config = interop.find(f"fla_{family}").config(public, "float32")
     rows_XBT = markov(config.vocab_size, *shape)
-    params, trainers = begin(family, public, rows_XBT[0], with_torch)
+    params, trainers = begin(family, public, rows_XBT[0], peers)
     losses = {name: [trainer.step(x) for x in rows_XBT] for name, trainer in trainers.items()}
     figures: dict[str, Any] = {"family": family, "parameters": params_lib.count(params)}
     figures |= {"layers": config.num_hidden_layers, "tokens": shape[1] * shape[2]}
@@ -150,12 +159,13 @@ def benchmark(
 
 
 def begin(
-    family: str, public: dict[str, Any], ids: np.ndarray, with_torch: bool
+    family: str, public: dict[str, Any], ids: np.ndarray, peers: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
     """Parameters, and a trainer that begins with them for every library.
 
     Args:
       ids: [B, T + 1] tokens, for their shape.
+      peers: whose recurrences PyTorch's side has, each where what it needs is installed.
     """
     entry = interop.find(f"fla_{family}")
     config = entry.config(public, "float32")
@@ -163,11 +173,13 @@ def begin(
     initialise = jax.jit(params_lib.initialise, static_argnums=0)
     params = initialise(module, jax.random.key(0), ids[:1, :2])
     trainers: dict[str, Any] = {"scanax": Trainer(module, params, ids)}
-    if with_torch and all(map(importlib.util.find_spec, PACKAGES[family])):
-        from . import language_bench_torch
+    for name in peers:
+        if all(map(importlib.util.find_spec, PACKAGES[name][family])):
+            from . import language_bench_torch as other
 
-        tensors = interop.to_torch(f"fla_{family}", params, public)
-        trainers["PyTorch"] = language_bench_torch.Trainer(config, tensors, ADAMW)
+            tensors = interop.to_torch(f"fla_{family}", params, public)
+            recurrence = other.RECURRENCES[name, family]
+            trainers[name] = other.Trainer(config, tensors, ADAMW, recurrence)
     return params, trainers
 
 
@@ -230,17 +242,18 @@ def compare(family: str, losses: dict[str, list[float]]) -> float | None:
     Raises:
       Disagreement: if it is above ``AGREEMENT``.
     """
-    if "PyTorch" not in losses:
-        return None
-    error = np.abs(np.divide(losses["PyTorch"], losses["scanax"]) - 1)
-    wrong = ~(error <= AGREEMENT)  # nan is wrong
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise Disagreement(
-            f"{family}: the losses differ by {error[first]:.1e} at step {first}, more than"
-            f" {AGREEMENT:.0e}: nothing was timed"
-        )
-    return float(error.max())
+    errors = []
+    for name in losses.keys() - {"scanax"}:
+        error = np.abs(np.divide(losses[name], losses["scanax"]) - 1)
+        wrong = ~(error <= AGREEMENT)  # nan is wrong
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise Disagreement(
+                f"{family}: the losses with {name} differ by {error[first]:.1e} at step {first},"
+                f" more than {AGREEMENT:.0e}: nothing was timed"
+            )
+        errors.append(float(error.max()))
+    return max(errors, default=None)
 
 
 def timed(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
@@ -265,7 +278,7 @@ def timed(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, di
 def table(results: list[dict[str, Any]]) -> str:
     """A row for every model and library."""
     head = ["model", "parameters", "library", "ms per step (fastest)", "tokens/s"]
-    head += ["PyTorch / this", "compile s", "temporary MB"]
+    head += [*(f"{name} / this" for name in PACKAGES), "compile s", "temporary MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
         times = {row["library"]: row["milliseconds"] for row in result["rows"]}
@@ -277,7 +290,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 row["library"],
                 f"{time_ms:.0f} ({row['fastest_milliseconds']:.0f})",
                 f"{1e3 * result['tokens'] / time_ms:,.0f}",
-                f"{times['PyTorch'] / time_ms:.2f}" if "PyTorch" in times else "",
+                *(f"{times[name] / time_ms:.2f}" if name in times else "" for name in PACKAGES),
                 f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "",
                 f"{row['temporary_mb']:,.0f}" if "temporary_mb" in row else "",
             )

@@ -5,8 +5,10 @@ X chunks of C tokens.
 
 The networks are functions of the tensors that ``to_torch`` gives, by their published names, so that
 both sides compute the same thing. Layers are PyTorch's own. The recurrences are what there is
-without a GPU: ``torch_chunk_gated_delta_rule`` of the transformers package for DeltaProduct; for
-LightNet, of which there is none, gated linear attention in chunks.
+without a GPU (``RECURRENCES``). Those of "fla" are the plain torch functions of the package that
+the published layers are in, the fastest that have a gradient: the delta rule in chunks, and gated
+linear attention token by token. Those of "torch" are faster: ``torch_chunk_gated_delta_rule`` of
+the transformers package, and gated linear attention in chunks, written here.
 """
 
 from collections.abc import Callable
@@ -17,16 +19,18 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
+from ..kernels import peers
 from .delta_product import DeltaProductConfig
 from .delta_product.layer import L2_EPS
 from .lightnet.layer import OUTPUT_EPS
 
 Tensors = dict[str, torch.Tensor]
 Lookup = Callable[[str], torch.Tensor]
+Recurrence = Callable[..., torch.Tensor]
 CHUNK = 64  # tokens, of gated linear attention
 
 
-def logits(c: Any, w: Tensors, ids_BT: torch.Tensor) -> torch.Tensor:
+def logits(c: Any, w: Tensors, recurrence: Recurrence, ids_BT: torch.Tensor) -> torch.Tensor:
     """[B, T, S] of the token after every position."""
     mixer = delta_product if isinstance(c, DeltaProductConfig) else lightnet
     x_BTD = F.embedding(ids_BT, w["model.embeddings.weight"])
@@ -37,7 +41,8 @@ def logits(c: Any, w: Tensors, ids_BT: torch.Tensor) -> torch.Tensor:
     for i in range(c.num_hidden_layers):
         block = f"model.layers.{i}."
         h_BTD = norm(x_BTD, f"{block}attn_norm.weight")
-        x_BTD = x_BTD + mixer(c, lambda name, b=block: w[f"{b}attn.{name}"], h_BTD)
+        lookup = lambda name, b=block: w[f"{b}attn.{name}"]
+        x_BTD = x_BTD + mixer(c, lookup, recurrence, h_BTD)
         h_BTD = norm(x_BTD, f"{block}mlp_norm.weight")
         gate, up, down = (w[f"{block}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         x_BTD = x_BTD + F.linear(F.silu(F.linear(h_BTD, gate)) * F.linear(h_BTD, up), down)
@@ -45,13 +50,11 @@ def logits(c: Any, w: Tensors, ids_BT: torch.Tensor) -> torch.Tensor:
     return F.linear(norm(x_BTD, "model.norm.weight"), w[head])
 
 
-def delta_product(c: DeltaProductConfig, p: Lookup, x_BTD: torch.Tensor) -> torch.Tensor:
+def delta_product(
+    c: DeltaProductConfig, p: Lookup, recurrence: Recurrence, x_BTD: torch.Tensor
+) -> torch.Tensor:
     """The published token mixer. N steps become N tokens: queries come with the last of them,
     decays with the first."""
-    from transformers.models.qwen3_next import (  # pyright: ignore[reportMissingImports]
-        modeling_qwen3_next as published,
-    )
-
     batch, tokens, _ = x_BTD.shape
     steps, heads = c.num_householder, c.num_heads
     q, k, v = (F.silu(project(c, p, x_BTD, name)) for name in "qkv")
@@ -66,8 +69,7 @@ def delta_product(c: DeltaProductConfig, p: Lookup, x_BTD: torch.Tensor) -> torc
         g_BTH = -torch.exp(p("A_log")) * g_BTH
     q = F.pad(q_BTHK[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
     g = F.pad(g_BTH[:, :, None], (0, 0, 0, steps - 1)).flatten(1, 2)
-    o, _ = published.torch_chunk_gated_delta_rule(q, k, v, g, beta)
-    o_BTHV = o[:, steps - 1 :: steps]
+    o_BTHV = recurrence(q, k, v, g, beta)[:, steps - 1 :: steps]
     o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], p("o_norm.weight"), c.norm_eps)
     o = o_BTHV.flatten(2)
     if c.use_output_gate:
@@ -75,14 +77,14 @@ def delta_product(c: DeltaProductConfig, p: Lookup, x_BTD: torch.Tensor) -> torc
     return F.linear(o, p("o_proj.weight"))
 
 
-def lightnet(c: Any, p: Lookup, x_BTD: torch.Tensor) -> torch.Tensor:
+def lightnet(c: Any, p: Lookup, recurrence: Recurrence, x_BTD: torch.Tensor) -> torch.Tensor:
     """The published token mixer: keys exp(k_t - z_t) and decays exp(z_{t-1} - z_t), where z_t is
     the log-sum-exp of the keys up to t."""
     q, k, v = (project(c, p, x_BTD, name).unflatten(-1, (c.num_heads, -1)) for name in "qkv")
     z_BTHK = torch.logcumsumexp(k, dim=1)
     g_BTHK = torch.cat([z_BTHK[:, :1], z_BTHK[:, :-1]], dim=1) - z_BTHK
     q = c.query_scale * F.silu(q)
-    o_BTD = gated_linear_attention(q, torch.exp(k - z_BTHK), v, g_BTHK).flatten(2)
+    o_BTD = recurrence(q, torch.exp(k - z_BTHK), v, g_BTHK).flatten(2)
     weight = p("g_norm.weight") if c.elementwise_affine else None
     o_BTD = F.rms_norm(o_BTD, o_BTD.shape[-1:], weight, OUTPUT_EPS)
     low = F.linear(x_BTD, p("g_proj.0.weight"))
@@ -123,6 +125,32 @@ def gated_linear_attention(
     return o_BHXCV.flatten(2, 3).transpose(1, 2)[:, :tokens]
 
 
+def transformers_delta_rule(*inputs: torch.Tensor) -> torch.Tensor:
+    from transformers.models.qwen3_next import (  # pyright: ignore[reportMissingImports]
+        modeling_qwen3_next as published,
+    )
+
+    return published.torch_chunk_gated_delta_rule(*inputs)[0]
+
+
+def fla_delta_rule(*inputs: torch.Tensor) -> torch.Tensor:
+    return peers.fla_naive("gated_delta_rule").naive_chunk_gated_delta_rule(*inputs)[0]
+
+
+def fla_linear_attention(q: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Without the scale of its queries."""
+    return peers.fla_naive("gla").naive_recurrent_gla(q * q.shape[-1] ** 0.5, *inputs)[0]
+
+
+# (q, k, v, g, beta) or (q, k, v, g), all [B, T, H, ...] -> o [B, T, H, V].
+RECURRENCES: dict[tuple[str, str], Recurrence] = {
+    ("torch", "delta_product"): transformers_delta_rule,
+    ("torch", "lightnet"): gated_linear_attention,
+    ("fla", "delta_product"): fla_delta_rule,
+    ("fla", "lightnet"): fla_linear_attention,
+}
+
+
 def project(c: Any, p: Lookup, x_BTD: torch.Tensor, name: str) -> torch.Tensor:
     """A projection and its short convolution."""
     y = F.linear(x_BTD, p(f"{name}_proj.weight"))
@@ -145,11 +173,18 @@ class Trainer:
       c: our configuration of the model.
       tensors: by published name.
       options: of AdamW; it decays matrices alone.
+      recurrence: one of ``RECURRENCES``.
     """
 
-    def __init__(self, c: Any, tensors: dict[str, np.ndarray], options: dict[str, Any]):
+    def __init__(
+        self,
+        c: Any,
+        tensors: dict[str, np.ndarray],
+        options: dict[str, Any],
+        recurrence: Recurrence,
+    ):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.config = c
+        self.config, self.recurrence = c, recurrence
         self.weights = {name: torch.tensor(x).requires_grad_() for name, x in tensors.items()}
         groups = [
             {"params": [w for w in self.weights.values() if w.ndim >= 2]},
@@ -163,7 +198,7 @@ class Trainer:
     def step(self, ids: np.ndarray) -> float:
         """One update on [B, T + 1] tokens; the loss before it."""
         inputs = torch.tensor(ids, dtype=torch.int64)
-        y_BTS = logits(self.config, self.weights, inputs[:, :-1])
+        y_BTS = logits(self.config, self.weights, self.recurrence, inputs[:, :-1])
         loss = F.cross_entropy(y_BTS.flatten(0, 1), inputs[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()

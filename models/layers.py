@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..kernels import short_convolution
 from ..kernels.dtypes import accumulation_dtype
 
 Initializer = Callable[..., jax.Array]
@@ -143,9 +144,10 @@ class SwiGLU(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over time, without bias or activation.
+    """Depthwise causal convolution over time without bias, and its activation.
 
-    y_t = sum_i kernel[i] * x_{t-W+1+i}; kernel[W-1] weighs the current token.
+    y_t = activation(sum_i kernel[i] * x_{t-W+1+i}); kernel[W-1] weighs the current token.
+    ``activation`` and ``implementation`` are those of ``scanax.kernels.short_convolution``.
     """
 
     width: int
@@ -153,6 +155,8 @@ class ShortConv(nn.Module):
     kernel_init: Initializer
     dtype: DType
     param_dtype: DType
+    activation: str | None = None
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x_BTD, segments_BT=None, history=None, end_B=None):
@@ -170,26 +174,28 @@ class ShortConv(nn.Module):
           y [B, T, D], and the history after the last token [B, W-1, D]: the last inputs of
           that token's segment, zeros where the segment is shorter.
         """
-        batch, tokens, width_D = x_BTD.shape
+        batch, _, width_D = x_BTD.shape
         axes, shape = ("conv", self.axis_name), (self.width, width_D)
         kernel_WD = parameter(self, "kernel", self.kernel_init, axes, shape, self.param_dtype)
-        kernel_WD = kernel_WD.astype(self.dtype)
+        x_BTD, kernel_WD = x_BTD.astype(self.dtype), kernel_WD.astype(self.dtype)
         if history is None:
-            history = jnp.zeros((batch, self.width - 1, width_D), self.dtype)
-        padded = jnp.concatenate([history.astype(self.dtype), x_BTD.astype(self.dtype)], axis=1)
-        last = _window(padded, end_B, self.width - 1)
+            before = jnp.zeros((batch, self.width - 1, width_D), self.dtype)
+        else:
+            before = history = history.astype(self.dtype)
+        last = _window(jnp.concatenate([before, x_BTD], axis=1), end_B, self.width - 1)
         if segments_BT is not None:
-            before = ((0, 0), (self.width - 1, 0))
-            padded_segments = jnp.pad(segments_BT, before, mode="edge")
+            padding = ((0, 0), (self.width - 1, 0))
+            padded_segments = jnp.pad(segments_BT, padding, mode="edge")
             same = _window(padded_segments, end_B, self.width - 1) == segments_BT[:, -1:]
             last = jnp.where(same[..., None], last, 0)
-        y_BTD = jnp.zeros_like(padded[:, :tokens])
-        for i in range(self.width):
-            tap_BTD = padded[:, i : i + tokens]
-            if segments_BT is not None:
-                same_BT = padded_segments[:, i : i + tokens] == segments_BT
-                tap_BTD = jnp.where(same_BT[..., None], tap_BTD, 0)
-            y_BTD = y_BTD + kernel_WD[i][None, None] * tap_BTD
+        y_BTD = short_convolution(
+            x_BTD,
+            kernel_WD,
+            history=history,
+            segment_ids=segments_BT,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
         return y_BTD, last
 
 

@@ -39,7 +39,8 @@ class DeltaProductConfig:
       dtype: of the computation. Decay, state and logits are float32 or better.
       param_dtype: of the parameters; those of the decay are float32 or better.
       remat: recompute each block in the backward instead of storing its activations.
-      implementation: of the scan: "auto", or a name that ``delta_product`` knows.
+      implementation: of the scan: "auto", or a name that ``delta_product`` knows. With "xla" and
+        "reference" the short convolutions are plain JAX as well.
     """
 
     vocab_size: int

@@ -108,19 +108,21 @@ class DeltaProduct(nn.Module):
         """Projection, short convolution and activation; with the convolution's history."""
         c = self.config
         x = self._dense(f"{name}_proj", features, "heads")(x_BTD)
-        history = None
-        if c.use_short_conv:
-            history = None if cache is None else getattr(cache, f"conv_{name}")
-            conv = ShortConv(
-                c.conv_size,
-                "heads",
-                nn.initializers.normal(c.initializer_range),
-                c.dtype,
-                c.param_dtype,
-                name=f"{name}_conv1d",
-            )
-            x, history = conv(x, runs_BT, history, end_B)
-        return (nn.silu(x) if c.activation == "silu" else x), history
+        activation = "silu" if c.activation == "silu" else None
+        if not c.use_short_conv:
+            return (nn.silu(x) if activation else x), None
+        history = None if cache is None else getattr(cache, f"conv_{name}")
+        conv = ShortConv(
+            c.conv_size,
+            "heads",
+            nn.initializers.normal(c.initializer_range),
+            c.dtype,
+            c.param_dtype,
+            activation,
+            "xla" if c.implementation in ("xla", "reference") else None,
+            name=f"{name}_conv1d",
+        )
+        return conv(x, runs_BT, history, end_B)
 
     def _log_decay(self, x_BTD):
         """g = -exp(A_log) softplus(a + dt_bias): [B, T, G], float32 or better."""

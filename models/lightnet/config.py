@@ -45,7 +45,8 @@ class LightNetConfig:
       dtype: of the computation. Keys are summed, and the state is kept, in float32 or better.
       param_dtype: of the parameters.
       remat: recompute each block in the backward instead of storing its activations.
-      implementation: of the scan: "auto", or a name that ``additive_scan`` knows.
+      implementation: of the scan: "auto", or a name that ``additive_scan`` knows. With "xla" and
+        "reference" the short convolutions are plain JAX as well.
     """
 
     mixer: str

@@ -192,8 +192,15 @@ class Mixer(nn.Module):
         if not c.use_short_conv:
             return x, None
         history = None if cache is None else getattr(cache, f"conv_{name}")
-        init = nn.initializers.normal(c.initializer_range)
-        conv = ShortConv(c.conv_size, "heads", init, c.dtype, c.param_dtype, name=f"{name}_conv1d")
+        conv = ShortConv(
+            c.conv_size,
+            "heads",
+            nn.initializers.normal(c.initializer_range),
+            c.dtype,
+            c.param_dtype,
+            implementation="xla" if c.implementation in ("xla", "reference") else None,
+            name=f"{name}_conv1d",
+        )
         return conv(x, runs_BT, history, end_B)
 
     def _dense(self, name: str, features: int, axes: tuple[str, str], bias: bool = False):

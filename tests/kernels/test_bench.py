@@ -24,14 +24,15 @@ from scanax.kernels import bench, bench_decode, bench_linear, peers
 pytestmark = pytest.mark.usefixtures("hurried_compiler")
 
 DELTA, ADDITIVE = bench.OPERATIONS["delta_product"], bench.OPERATIONS["additive_scan"]
-EXPERTS, CONVOLUTION = bench.OPERATIONS["expert_mlp"], bench.OPERATIONS["convolution_3x3"]
+CONVOLUTION, SHORT = bench.OPERATIONS["convolution_3x3"], bench.OPERATIONS["short_convolution"]
+EXPERTS = bench.OPERATIONS["expert_mlp"]
 
 
-@pytest.mark.parametrize("operation", [DELTA, ADDITIVE, CONVOLUTION])
+@pytest.mark.parametrize("operation", [DELTA, ADDITIVE, CONVOLUTION, SHORT])
 def test_rows_and_table(operation):
     shape = (1, 12, 2, 4, 8, 2)[: len(operation.dimensions.split(","))]
     rows = bench.benchmark(operation, shape, gated=True, repetitions=2, others={})
-    here = set(IMPLEMENTATIONS) - ({"reference"} if operation is CONVOLUTION else set())
+    here = set(IMPLEMENTATIONS) - ({"reference"} if operation.baseline == "xla" else set())
     assert {(row["what"], row["implementation"]) for row in rows} == {
         (what, name) for what in bench.WHATS for name in here
     }
@@ -89,6 +90,7 @@ def test_peers_are_checked_and_timed():
         ("delta_product", "fla", ("torch", "einops", "fla")),
         ("additive_scan", "torch_gla", ("torch",)),
         ("convolution_3x3", "torch", ("torch",)),
+        ("short_convolution", "torch", ("torch",)),
     ],
 )
 def test_peers_are_the_same_operation(operation, name, packages):
@@ -248,6 +250,7 @@ def test_defaults_are_measured_and_those_of_other_devices_kept(tmp_path):
         ("delta_product", 4, 4),
         ("additive_scan", 4, 4),
         ("convolution_3x3", 4, 4),
+        ("short_convolution", 4, 4),
     ]
     for row in new:
         assert row["device"] == "cpu" and min(row["time_over_fastest"].values()) == 1

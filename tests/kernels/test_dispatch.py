@@ -8,6 +8,7 @@ from scanax.kernels import dispatch
 from scanax.kernels.additive_scan import api as additive_api
 from scanax.kernels.convolution import api as convolution_api
 from scanax.kernels.delta_product import api as delta_api
+from scanax.kernels.short_convolution import api as short_api
 
 PLATFORM = jax.default_backend()
 TABLE = {
@@ -89,6 +90,7 @@ def test_every_measured_default_is_an_implementation():
         "delta_product": delta_api.IMPLEMENTATIONS,
         "additive_scan": additive_api.IMPLEMENTATIONS,
         "convolution_3x3": convolution_api.IMPLEMENTATIONS,
+        "short_convolution": short_api.IMPLEMENTATIONS,
     }
     for row in dispatch._measurements():
         assert row["fastest"] in tables[row["operation"]]

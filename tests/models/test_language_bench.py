@@ -12,19 +12,28 @@ COMMAND = [sys.executable, "-m", "scanax.models.language_bench"]
 
 # What is compared with is no dependency: without it there is nothing to compare.
 TORCH = "the benchmark's other side: pip install torch transformers"
+FLA = "the benchmark's other side: pip install torch einops, and fla-core without its dependencies"
 
 
-def test_delta_product_trains_alike():
+@pytest.mark.parametrize(
+    "family, peer, packages",
+    [
+        ("delta_product", "torch", ("torch", "transformers")),
+        ("delta_product", "fla", ("torch", "einops", "fla")),
+        ("lightnet", "fla", ("torch", "einops", "fla")),
+    ],
+)
+def test_trains_alike(family, peer, packages):
     """Equal losses on rows that do not fill a chunk."""
-    pytest.importorskip("torch", reason=TORCH)
-    pytest.importorskip("transformers", reason=TORCH)
-    public = bench.published("delta_product", 16, 1, 2, 32, 3) | {"tie_word_embeddings": False}
+    for package in packages:
+        pytest.importorskip(package, reason=FLA if peer == "fla" else TORCH)
+    public = bench.published(family, 16, 1, 2, 32, 3) | {"tie_word_embeddings": False}
     rows_XBT = bench.markov(32, 10, 2, 70)
     with jax.numpy_dtype_promotion("standard"):  # inside of optax
-        _, trainers = bench.begin("delta_product", public, rows_XBT[0], with_torch=True)
+        _, trainers = bench.begin(family, public, rows_XBT[0], [peer])
         losses = {name: [side.step(x) for x in rows_XBT] for name, side in trainers.items()}
-    assert set(losses) == {"scanax", "PyTorch"}
-    assert losses["PyTorch"] == pytest.approx(losses["scanax"], rel=1e-5)
+    assert set(losses) == {"scanax", peer}
+    assert losses[peer] == pytest.approx(losses["scanax"], rel=1e-5)
 
 
 def test_lightnet_and_its_tables():
@@ -32,8 +41,8 @@ def test_lightnet_and_its_tables():
     pytest.importorskip("torch", reason=TORCH)
     public = bench.published("lightnet", 16, 1, 2, 32, 1) | {"use_short_conv": True}
     with jax.numpy_dtype_promotion("standard"):
-        result = bench.benchmark("lightnet", public, (10, 2, 70), 1, with_torch=True)
-    assert [row["library"] for row in result["rows"]] == ["scanax", "PyTorch"]
+        result = bench.benchmark("lightnet", public, (10, 2, 70), 1, ["torch"])
+    assert [row["library"] for row in result["rows"]] == ["scanax", "torch"]
     assert (
         result["loss_error"] < 1e-5
         and result["tokens"] == 140
@@ -51,7 +60,7 @@ def test_lightnet_and_its_tables():
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
 def test_no_ratio_of_different_models(wrong):
     with pytest.raises(bench.Disagreement, match="at step 1"):
-        bench.compare("lightnet", {"scanax": [2.0, 1.0, 1.0], "PyTorch": [2.0, wrong, 1.0]})
+        bench.compare("lightnet", {"scanax": [2.0, 1.0, 1.0], "torch": [2.0, wrong, 1.0]})
     assert bench.compare("lightnet", {"scanax": [2.0, 1.0]}) is None
 
 
@@ -60,6 +69,7 @@ def test_no_ratio_of_different_models(wrong):
     [
         ("--family=lightnet,gru", "'gru' is not one of"),
         ("--heads=3", "must divide"),
+        ("--peers=jax", "'jax' is not one of"),
         ("more", "unexpected"),
     ],
 )
