@@ -4,6 +4,7 @@ The backward computes what it needs of the forward anew, so that nothing but the
 """
 
 import functools
+import math
 import pathlib
 
 import jax
@@ -15,9 +16,7 @@ from ..dtypes import accumulation_dtype
 from ..per_device import not_divided, per_device
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
-# On a mesh rows and channels are divided; the gradient of the kernel is one of every row.
-X, KERNEL, HISTORY, SEGMENTS, DKERNEL = "BTH", "WH", "BWH", "BT", "BWH"
-INPUTS = (X, KERNEL, HISTORY, SEGMENTS)
+CHANNELS = {1: "H", 2: "HK", 3: "NHK"}  # by their dimensions: on a mesh H is divided
 
 
 def supports(x, kernel, history, segments, *, activation) -> str | None:
@@ -25,7 +24,7 @@ def supports(x, kernel, history, segments, *, activation) -> str | None:
     del activation
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"it takes floating-point numbers, not {x.dtype}"
-    return why_not() or not_divided(INPUTS, (x, kernel, history, segments))
+    return why_not() or not_divided(_dimensions(x), (x, kernel, history, segments))
 
 
 def why_not() -> str | None:
@@ -43,7 +42,8 @@ def short_convolution(x, kernel, history, segments, *, activation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _convolve(x, kernel, history, segments, silu: bool):
-    return per_device(functools.partial(_forward, silu), INPUTS, X)(x, kernel, history, segments)
+    run = per_device(functools.partial(_forward, silu), _dimensions(x), _dimensions(x)[0])
+    return run(x, kernel, history, segments)
 
 
 def _convolve_forward(x, kernel, history, segments, silu: bool):
@@ -51,7 +51,11 @@ def _convolve_forward(x, kernel, history, segments, silu: bool):
 
 
 def _convolve_backward(silu: bool, inputs, dy):
-    run = per_device(functools.partial(_backward, silu), (*INPUTS, X), (X, DKERNEL, HISTORY))
+    rows, kernel, before, segments = _dimensions(dy)
+    outputs = (rows, "B" + kernel, before)  # a gradient of the kernel for every row
+    run = per_device(
+        functools.partial(_backward, silu), (rows, kernel, before, segments, rows), outputs
+    )
     dx, dkernel, dhistory = run(*inputs, dy)
     return dx, jnp.sum(dkernel, axis=0), None if inputs[2] is None else dhistory, None
 
@@ -59,20 +63,38 @@ def _convolve_backward(silu: bool, inputs, dy):
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
+def _dimensions(x) -> tuple[str, ...]:
+    """Of inputs, kernel, history and segments, as ``per_device`` wants them."""
+    channels = CHANNELS[x.ndim - 2]
+    return f"BT{channels}", f"W{channels}", f"BW{channels}", "BT"
+
+
 def _forward(silu: bool, x, kernel, history, segments):
     inputs = _inputs(x, kernel, history, segments)
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    return native.call("short_convolution", outputs, inputs, silu=np.bool_(silu))[0]
+    outputs = [jax.ShapeDtypeStruct(inputs[0].shape, x.dtype)]
+    [y] = native.call("short_convolution", outputs, inputs, silu=np.bool_(silu))
+    return y.reshape(x.shape)
 
 
 def _backward(silu: bool, x, kernel, history, segments, dy):
-    """Gradients of x, of the kernel in every row, [B, W, D], and of the history, [B, W - 1, D]."""
-    inputs = (*_inputs(x, kernel, history, segments), dy)
-    (batch, _, channels), taps = x.shape, kernel.shape[0]
-    shapes = [x.shape, (batch, taps, channels), (batch, taps - 1, channels)]
-    outputs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes]
-    return tuple(native.call("short_convolution_backward", outputs, inputs, silu=np.bool_(silu)))
+    """Gradients of x, of the kernel in every row, [B, W, *D], and of the history."""
+    inputs = _inputs(x, kernel, history, segments)
+    inputs = (*inputs, dy.reshape(inputs[0].shape))
+    (batch, *_), (taps, *channels) = x.shape, kernel.shape
+    flat = [
+        inputs[0].shape,
+        (batch, taps, inputs[1].shape[1]),
+        (batch, taps - 1, inputs[1].shape[1]),
+    ]
+    outputs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in flat]
+    found = native.call("short_convolution_backward", outputs, inputs, silu=np.bool_(silu))
+    shapes = (x.shape, (batch, taps, *channels), (batch, taps - 1, *channels))
+    return tuple(array.reshape(shape) for array, shape in zip(found, shapes, strict=True))
 
 
 def _inputs(x, kernel, history, segments):
+    """As the functions in C++ take them: one dimension of channels."""
+    width = math.prod(kernel.shape[1:])
+    history = None if history is None else history.reshape(*history.shape[:2], width)
+    x, kernel = x.reshape(*x.shape[:2], width), kernel.reshape(kernel.shape[0], width)
     return x, kernel, native.or_nothing(history, x.dtype), native.or_nothing(segments, jnp.int32)

@@ -1,6 +1,7 @@
 """The short convolution: its definition, the same in C++ with all gradients, and on a mesh."""
 
 import functools
+import math
 import re
 
 import jax
@@ -116,6 +117,19 @@ def test_nan_reaches_those_that_see_it():
 
 
 @needs_compiler
+@pytest.mark.parametrize("channels", [(4, 6), (2, 3, 4)], ids=str)
+def test_channels_of_several_dimensions(channels):
+    inputs, ids, dy = arrays((2, 30, 24, 4), True, True)
+    several = jax.tree.map(lambda a: a.reshape(*a.shape[:-1], *channels), (inputs, dy))
+    for function in (native, plain):
+        expected = with_gradients(function, inputs, ids, dy, "silu")
+        actual = with_gradients(function, several[0], ids, several[1], "silu")
+        for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            assert a.shape == (*e.shape[:-1], *channels)
+            np.testing.assert_allclose(a.reshape(e.shape), e, rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
 def test_under_vmap():
     (x, kernel, _), _, _ = arrays((2, 20, 6, 4))
     pair = np.stack([kernel, 2 * kernel])
@@ -127,8 +141,10 @@ def test_under_vmap():
 
 
 @needs_compiler
-def test_on_a_mesh_rows_and_channels_are_divided():
-    (*inputs, _), ids, dy = arrays((4, 40, 8, 4), False, True)
+@pytest.mark.parametrize("channels", [(8,), (3, 4, 5)], ids=["flat", "heads"])
+def test_on_a_mesh_rows_and_heads_are_divided(channels):
+    (*inputs, _), ids, dy = arrays((4, 40, math.prod(channels), 4), False, True)
+    *inputs, dy = (a.reshape(*a.shape[:-1], *channels) for a in (*inputs, dy))
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     run = lambda x, kernel, dy: with_gradients(native, (x, kernel, None), ids, dy, "silu")
     expected = jax.device_get(run(*inputs, dy))
@@ -137,10 +153,11 @@ def test_on_a_mesh_rows_and_channels_are_divided():
         program = jax.jit(run).lower(*whole).compile()
         actual = jax.device_get(program(*whole))
         pattern = r"f32\[([\d,]+)\]\S* custom-call\(.*scanax_short_convolution\""
-        assert "2,40,4" in re.findall(pattern, program.as_text())
+        assert f"2,40,{math.prod(channels) // 2}" in re.findall(pattern, program.as_text())
         with pytest.raises(ValueError, match="3 rows cannot be divided among the 2 devices"):
             native(inputs[0][:3], inputs[1])
-        assert short_convolution(inputs[0][:3], inputs[1]).shape == (3, 40, 8)  # falls back
+        fallen_back = short_convolution(inputs[0][:3], inputs[1])
+    assert fallen_back.shape == (3, 40, *channels)
     for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert largest(a, e) < 1e-6
 
@@ -159,7 +176,8 @@ def test_cpus_take_it_by_default_where_rows_are_long():
 
 
 WRONG = {
-    "kernel": ({"kernel": (4, 5)}, r"kernel \[W, D\] are wanted, got \(2, 6, 3\) and \(4, 5\)"),
+    "kernel": ({"kernel": (4, 5)}, r"are wanted, got \(2, 6, 3\) and \(4, 5\)"),
+    "no channels": ({"x": (2, 6), "kernel": (4,)}, r"one to three dimensions of channels"),
     "history": ({"history": (2, 4, 3)}, r"history must be \(2, 3, 3\), not \(2, 4, 3\)"),
     "segments": ({"segment_ids": (2, 5)}, r"segment_ids must be \(2, 6\), not \(2, 5\)"),
 }
