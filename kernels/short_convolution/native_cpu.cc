@@ -6,6 +6,8 @@
 // derivatives dc before the activation of the last W tokens: with that of token u come the kernel's
 // gradients of its taps, and the input's gradient of token u - W + 1, which no later token sees.
 
+#include <numeric>
+
 #include "native.h"
 
 namespace scanax {
@@ -188,8 +190,10 @@ void with_taps(int taps, Run run) {
 }
 
 Shape shape_of(ffi::AnyBuffer x, ffi::AnyBuffer kernel) {
-  auto d = x.dimensions();
-  return {d[0], d[1], d[2], int(kernel.dimensions()[0])};
+  auto d = x.dimensions();  // channels may be several
+  const int64_t channels =
+      std::accumulate(d.begin() + 2, d.end(), int64_t{1}, std::multiplies<int64_t>());
+  return {d[0], d[1], channels, int(kernel.dimensions()[0])};
 }
 
 template <typename T>

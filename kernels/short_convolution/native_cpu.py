@@ -4,7 +4,6 @@ The backward computes what it needs of the forward anew, so that nothing but the
 """
 
 import functools
-import math
 import pathlib
 
 import jax
@@ -70,31 +69,19 @@ def _dimensions(x) -> tuple[str, ...]:
 
 
 def _forward(silu: bool, x, kernel, history, segments):
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     inputs = _inputs(x, kernel, history, segments)
-    outputs = [jax.ShapeDtypeStruct(inputs[0].shape, x.dtype)]
-    [y] = native.call("short_convolution", outputs, inputs, silu=np.bool_(silu))
-    return y.reshape(x.shape)
+    return native.call("short_convolution", outputs, inputs, silu=np.bool_(silu))[0]
 
 
 def _backward(silu: bool, x, kernel, history, segments, dy):
     """Gradients of x, of the kernel in every row, [B, W, *D], and of the history."""
-    inputs = _inputs(x, kernel, history, segments)
-    inputs = (*inputs, dy.reshape(inputs[0].shape))
     (batch, *_), (taps, *channels) = x.shape, kernel.shape
-    flat = [
-        inputs[0].shape,
-        (batch, taps, inputs[1].shape[1]),
-        (batch, taps - 1, inputs[1].shape[1]),
-    ]
-    outputs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in flat]
-    found = native.call("short_convolution_backward", outputs, inputs, silu=np.bool_(silu))
     shapes = (x.shape, (batch, taps, *channels), (batch, taps - 1, *channels))
-    return tuple(array.reshape(shape) for array, shape in zip(found, shapes, strict=True))
+    outputs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes]
+    inputs = (*_inputs(x, kernel, history, segments), dy)
+    return tuple(native.call("short_convolution_backward", outputs, inputs, silu=np.bool_(silu)))
 
 
 def _inputs(x, kernel, history, segments):
-    """As the functions in C++ take them: one dimension of channels."""
-    width = math.prod(kernel.shape[1:])
-    history = None if history is None else history.reshape(*history.shape[:2], width)
-    x, kernel = x.reshape(*x.shape[:2], width), kernel.reshape(kernel.shape[0], width)
     return x, kernel, native.or_nothing(history, x.dtype), native.or_nothing(segments, jnp.int32)
