@@ -1,6 +1,6 @@
 """Kernels that the compiler cannot divide: each device of a mesh runs on its rows and heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -70,6 +70,36 @@ def not_divided(inputs: Any, arrays: Any) -> str | None:
                     f" {', '.join(axes)}"
                 )
     return None
+
+
+def by_heads(parameter: jax.Array, features: Sequence[int]) -> jax.Array:
+    """[..., N * H * K] -> [..., N, H, K] with the heads divided, as they are in a kernel.
+
+    Parameters are divided by columns, and so by steps before heads. Their products with the tokens
+    would be too, and all of them change devices before the kernel, and their gradients after it.
+    So the parameter does, and its gradient.
+
+    Args:
+      parameter: on an ambient mesh divided along its last axis, if at all.
+      features: (N, H, K), (H, K), or what has no heads: (D,).
+
+    Returns:
+      The parameter, reshaped only if there is an ambient mesh that divides these heads.
+    """
+    mesh = _divided()
+    if len(features) == 1 or mesh is None or mesh.manual_axes or mesh.explicit_axes:
+        return parameter
+    ways = dict(mesh.shape).get(HEAD_AXIS, 1)
+    if ways == 1 or features[-2] % ways:
+        return parameter
+
+    def divide(x, axis):
+        spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        spec[axis] = HEAD_AXIS
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    parameter = divide(parameter, -1)  # for the gradient: it comes back divided by columns
+    return divide(parameter.reshape(*parameter.shape[:-1], *features), -2)
 
 
 def _divided() -> Any:

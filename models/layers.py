@@ -9,6 +9,7 @@ which mesh axis a name is split over is decided in ``scanax.train.mesh``, not he
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from ..kernels import short_convolution
 from ..kernels.dtypes import accumulation_dtype
+from ..kernels.per_device import by_heads
 
 Initializer = Callable[..., jax.Array]
 DType = str | jnp.dtype
@@ -42,21 +44,26 @@ def uniform(inputs: int):
 
 
 def product_of_rows(x: jax.Array, kernel: jax.Array, dtype: DType | None) -> jax.Array:
-    """x @ kernel, [..., in] and [in, out] -> [..., out], with sums and result in ``dtype``.
+    """x @ kernel, [..., in] and [in, *out] -> [..., *out], with sums and result in ``dtype``.
 
     All rows make one matrix: the kernel's gradient then needs no transposed copies on CPU.
     """
-    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    rows = jnp.tensordot(rows, kernel, axes=1, preferred_element_type=dtype)
+    return rows.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Dense(nn.Module):
     """x @ kernel (+ bias); kernel [in, features] with two logical axis names.
 
-    ``out_dtype`` is that of the sums and the result; ``dtype`` if None.
+    Attributes:
+      features: their number; or (H, K), or (N, H, K) for N steps, of H heads of width K. Ask for
+        heads here and not after a convolution: a TPU then writes the tokens of a head in one place,
+        where the scans read them.
+      out_dtype: of the sums and the result; ``dtype`` if None.
     """
 
-    features: int
+    features: int | tuple[int, ...]
     axes: tuple[str, str]
     kernel_init: Initializer
     dtype: DType
@@ -67,16 +74,18 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., features] in ``out_dtype``."""
-        shape = (x.shape[-1], self.features)
+        """[..., in] -> [..., *features] in ``out_dtype``."""
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        shape = (x.shape[-1], math.prod(features))
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = product_of_rows(x, kernel, self.out_dtype)
+        x, kernel = x.astype(self.dtype), by_heads(kernel.astype(self.dtype), features)
+        y = product_of_rows(x, kernel, self.out_dtype).reshape(*x.shape[:-1], *features)
         if not self.bias:
             return y
-        axes, shape = self.axes[1:], (self.features,)
+        axes, shape = self.axes[1:], shape[1:]
         bias_F = parameter(self, "bias", self.bias_init, axes, shape, self.param_dtype)
-        return y + jnp.expand_dims(bias_F.astype(y.dtype), range(y.ndim - 1))
+        bias = bias_F.astype(y.dtype).reshape(features)
+        return y + jnp.expand_dims(bias, range(x.ndim - 1))
 
 
 class RMSNorm(nn.Module):
@@ -163,31 +172,33 @@ class ShortConv(nn.Module):
         """Convolves; inputs before the first token come from ``history``.
 
         Args:
-          x_BTD: [B, T, D].
+          x_BTD: [B, T, D], where D may be several dimensions, as (N, H, K).
           segments_BT: [B, T] numbers that differ between segments, or None. The history
             belongs to the first token's segment.
-          history: [B, W-1, D], the last inputs before x (newest last), or None for zeros.
+          history: [B, W-1, D] with one D, the last inputs before x (newest last), or None for
+            zeros.
           end_B: [B] int, how many of the T inputs count for the returned history (what
             follows is padding); None for all.
 
         Returns:
-          y [B, T, D], and the history after the last token [B, W-1, D]: the last inputs of
-          that token's segment, zeros where the segment is shorter.
+          y like x, and the history after the last token [B, W-1, D]: the last inputs of that
+          token's segment, zeros where the segment is shorter.
         """
-        batch, _, width_D = x_BTD.shape
-        axes, shape = ("conv", self.axis_name), (self.width, width_D)
+        batch, _, *channels = x_BTD.shape
+        axes, shape = ("conv", self.axis_name), (self.width, math.prod(channels))
         kernel_WD = parameter(self, "kernel", self.kernel_init, axes, shape, self.param_dtype)
-        x_BTD, kernel_WD = x_BTD.astype(self.dtype), kernel_WD.astype(self.dtype)
-        if history is None:
-            before = jnp.zeros((batch, self.width - 1, width_D), self.dtype)
-        else:
-            before = history = history.astype(self.dtype)
+        kernel_WD = by_heads(kernel_WD.astype(self.dtype), channels)
+        kernel_WD = kernel_WD.reshape(self.width, *channels)
+        x_BTD, shape = x_BTD.astype(self.dtype), (batch, self.width - 1, *channels)
+        if history is not None:
+            history = history.astype(self.dtype).reshape(shape)
+        before = jnp.zeros(shape, self.dtype) if history is None else history
         last = _window(jnp.concatenate([before, x_BTD], axis=1), end_B, self.width - 1)
         if segments_BT is not None:
             padding = ((0, 0), (self.width - 1, 0))
             padded_segments = jnp.pad(segments_BT, padding, mode="edge")
             same = _window(padded_segments, end_B, self.width - 1) == segments_BT[:, -1:]
-            last = jnp.where(same[..., None], last, 0)
+            last = jnp.where(jnp.expand_dims(same, range(2, x_BTD.ndim)), last, 0)
         y_BTD = short_convolution(
             x_BTD,
             kernel_WD,
@@ -196,7 +207,7 @@ class ShortConv(nn.Module):
             activation=self.activation,
             implementation=self.implementation,
         )
-        return y_BTD, last
+        return y_BTD, last.reshape(batch, self.width - 1, -1)
 
 
 def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:

@@ -90,19 +90,18 @@ def forward(q, k, v, beta, g, state, run, *, scale, chunk, stride):
     """
     sizes = sizes_of(q, k, v, g, run, scale, chunk, stride)
     tokens = [heads_first(sizes, x) for x in (q, k, v)]
-    state = state.astype(jnp.float32).reshape(-1, *state.shape[2:])
+    state = state.astype(jnp.float32)
     shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
     o, final, starts = call(
         *(_forward_kernel, sizes, lambda x: x),
         {"tokens": tokens, "chunks": [factors_of(sizes, beta, g, run)], "states": [state]},
         {
-            "tokens": [shape((*tokens[0].shape[:3], v.shape[-1]), q.dtype)],
+            "tokens": [shape((*tokens[0].shape[:4], v.shape[-1]), q.dtype)],
             "states": [shape(state.shape, jnp.float32)],
             "starts": [shape((sizes.windows, *state.shape), jnp.float32)],
         },
     )
-    split = lambda x: x.reshape(*x.shape[:-3], sizes.batch, sizes.heads, *x.shape[-2:])
-    return tokens_first(sizes, o)[:, :, 0], split(final), split(starts)
+    return tokens_first(sizes, o)[:, :, 0], final, starts
 
 
 def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, stride):
@@ -119,16 +118,15 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     sizes = sizes_of(q, k, v, g, run, scale, chunk, stride)
     tokens = [heads_first(sizes, x) for x in (q, k, v, do)]
     factors = factors_of(sizes, beta, g, run)
-    join = lambda x: x.astype(jnp.float32).reshape(*x.shape[:-4], -1, *x.shape[-2:])
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
     rows = lambda width: jax.ShapeDtypeStruct((*factors.shape[:2], sizes.group, width), jnp.float32)
     drows = [rows(sizes.micro)]  # dbeta
     if sizes.has_decay:
         drows += [rows(sizes.chunk), rows(v.shape[-1])]  # dsum, dend
-    dfinal = join(dfinal)
+    starts, dfinal = (x.astype(jnp.float32) for x in (starts, dfinal))
     dq, dk, dv, *drows, dstate = call(
         *(_backward_kernel, sizes, lambda x: sizes.windows - 1 - x),
-        {"tokens": tokens, "chunks": [factors], "starts": [join(starts)], "states": [dfinal]},
+        {"tokens": tokens, "chunks": [factors], "starts": [starts], "states": [dfinal]},
         {
             "tokens": [like(x, y.dtype) for x, y in zip(tokens, (q, k, v), strict=False)],
             "chunks": drows,
@@ -138,10 +136,10 @@ def backward(q, k, v, beta, g, run, starts, final, do, dfinal, *, scale, chunk, 
     dq, dk, dv = (tokens_first(sizes, x) for x in (dq, dk, dv))
     dbeta = steps_last(sizes, drows[0], sizes.steps).astype(beta.dtype)
     dg = None if g is None else _decay_gradient(sizes, *drows[1:]).astype(g.dtype)
-    return dq[:, :, 0], dk, dv, dbeta, dg, dstate.reshape(starts.shape[1:])
+    return dq[:, :, 0], dk, dv, dbeta, dg, dstate
 
 
-# Kernels. Refs hold the blocks of one group of heads and one window.
+# Kernels. Refs hold the blocks of one group of heads and one window: [r, N, h / r, M * C, D].
 
 
 def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
@@ -150,16 +148,16 @@ def _forward_kernel(sizes: Sizes, q, k, v, factors, state, o, final, starts):
         final[...] = state[...]
 
     dot = functools.partial(dot_general, sizes.operand)
-    state_KV = final[...]
-    starts[...] = state_KV
+    starts[...] = final[...]
+    state_KV = _heads(final[...])
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
         read_RV = _times(chunk.enter_RW, dot(chunk.qk_RK, state_KV))
         u_LV = _pseudo_values(sizes, chunk, _keys(sizes, read_RV))[0]
         o_CV = read_RV[:, : sizes.chunk] + dot(chunk.scores_RL[:, : sizes.chunk], u_LV)
-        o[0, :, _span(sizes, m)] = (sizes.scale * o_CV).astype(o.dtype)
+        _set_tokens(sizes, o, 0, m, sizes.scale * o_CV)
         state_KV = _next_state(sizes, chunk, u_LV, state_KV)
-    final[...] = state_KV
+    final[...] = state_KV.reshape(final.shape)
 
 
 def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk, dv, *rest):
@@ -170,7 +168,7 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
         dstate[...] = dfinal[...]
 
     dot = functools.partial(dot_general, sizes.operand)
-    state_KV, entered = starts[...], []
+    state_KV, entered = _heads(starts[...]), []
     for m in range(sizes.chunks):
         chunk = _prepare(sizes, m, q, k, v, factors)
         held_LV = _times(chunk.enter_RW, dot(_keys(sizes, chunk.qk_RK), state_KV))
@@ -178,29 +176,29 @@ def _backward_kernel(sizes: Sizes, q, k, v, do, factors, starts, dfinal, dq, dk,
         entered.append((chunk, u_LV, error_LV, state_KV))
         if m + 1 < sizes.chunks:
             state_KV = _next_state(sizes, chunk, u_LV, state_KV)
-    dstate_KV = dstate[...]
+    dstate_KV = _heads(dstate[...])
     for m in reversed(range(sizes.chunks)):
-        do_CV = sizes.scale * do[0, :, _span(sizes, m)].astype(jnp.float32)
+        do_CV = sizes.scale * _tokens(sizes, do, 0, m).astype(jnp.float32)
         chunk, u_LV, error_LV, state_KV = entered[m]
         dqk_RK, dv_LV, gradients, dstate_KV = _chunk_backward(
             *(sizes, chunk, u_LV, error_LV, state_KV, do_CV, dstate_KV)
         )
-        dq[0, :, _span(sizes, m)] = dqk_RK[:, : sizes.chunk].astype(dq.dtype)
+        _set_tokens(sizes, dq, 0, m, dqk_RK[:, : sizes.chunk])
         for j in range(sizes.steps):
             step = slice(j * sizes.chunk, (j + 1) * sizes.chunk)
-            dk[j, :, _span(sizes, m)] = _keys(sizes, dqk_RK)[:, step].astype(dk.dtype)
-            dv[j, :, _span(sizes, m)] = dv_LV[:, step].astype(dv.dtype)
+            _set_tokens(sizes, dk, j, m, _keys(sizes, dqk_RK)[:, step])
+            _set_tokens(sizes, dv, j, m, dv_LV[:, step])
         for ref, gradient in zip(drows, gradients, strict=True):
             ref[m] = gradient
-    dstate[...] = dstate_KV
+    dstate[...] = dstate_KV.reshape(dstate.shape)
 
 
 def _prepare(sizes: Sizes, m: int, q, k, v, factors) -> Chunk:
     """The part of chunk m of the window that does not depend on the state."""
     dot = functools.partial(dot_general, sizes.operand)
-    steps = range(sizes.steps)
-    qk_RK = jnp.concatenate([x[:, _span(sizes, m)] for x in (q[0], *(k[j] for j in steps))], axis=1)
-    v_LV = jnp.concatenate([v[j, :, _span(sizes, m)] for j in steps], axis=1)
+    steps = lambda ref: [_tokens(sizes, ref, j, m) for j in range(ref.shape[1])]
+    qk_RK = jnp.concatenate(steps(q) + steps(k), axis=1)
+    v_LV = jnp.concatenate(steps(v), axis=1)
     width = max(sizes.micro, qk_RK.shape[-1], v_LV.shape[-1])
     row, column = _rows_and_columns(sizes, factors[m], width)
     beta_LW = column(0, sizes.micro)
@@ -339,9 +337,19 @@ def _as_rows(x_L1):
     return jnp.concatenate([x_L1[h] for h in range(x_L1.shape[0])], axis=1).T
 
 
-def _span(sizes: Sizes, m: int) -> slice:
-    """The tokens of chunk m of a window."""
-    return slice(m * sizes.chunk, (m + 1) * sizes.chunk)
+def _heads(x: jax.Array) -> jax.Array:
+    """Rows times heads of a row as the heads of the group: [r, h / r, ., .] -> [h, ., .]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _tokens(sizes: Sizes, ref, j: int, m: int) -> jax.Array:
+    """Step j of chunk m of the window: [h, C, D] of the ref's [r, N, h / r, M * C, D]."""
+    return _heads(ref[:, j, :, m * sizes.chunk : (m + 1) * sizes.chunk])
+
+
+def _set_tokens(sizes: Sizes, ref, j: int, m: int, x: jax.Array) -> None:
+    x = x.reshape(sizes.rows, -1, *x.shape[1:]).astype(ref.dtype)
+    ref[:, j, :, m * sizes.chunk : (m + 1) * sizes.chunk] = x
 
 
 def _decay_gradient(sizes: Sizes, dsum_C, dend_V):

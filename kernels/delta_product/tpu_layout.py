@@ -1,9 +1,16 @@
 """How the TPU kernels of DeltaProduct see their arrays: sizes, layouts, and the call.
 
-Dimensions as in ``pallas_tpu.py``: X windows of M chunks of C tokens, groups of h heads.
+Dimensions as in ``pallas_tpu.py``: X windows of M chunks of C tokens, Y groups of h heads. A group
+is r rows of the batch times h / r heads; the groups of the same rows follow one another.
+
+The kernels read q, k, v as [B, N, H, T, D]: the tokens of a head in one place. So the compiler
+lets a projection write its [B, T, N, H, D], as products of matrices fill tiles of tokens and
+channels, and where a tile goes is up to it; the elementwise operations between keep the order.
+Rows stay outermost because it computes and exchanges the projections of some rows at a time.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 from jax.experimental import pallas as pl
@@ -36,6 +43,14 @@ class Sizes(NamedTuple):
     @property
     def micro(self) -> int:  # L
         return self.chunk * self.steps
+
+    @property
+    def rows(self) -> int:  # r
+        return self.group // self.heads_of_row
+
+    @property
+    def heads_of_row(self) -> int:  # of a group: h / r
+        return math.gcd(self.group, self.heads)  # what is left divides the rows
 
 
 def default_chunk(steps: int, stride: int) -> int:
@@ -72,20 +87,18 @@ def _pad(sizes: Sizes, x, mode="constant"):
 
 
 def heads_first(sizes: Sizes, x):
-    """[B, T, (N,) H, D] -> [N or 1, B * H, X * M * C, D] in the dtype of factors."""
+    """[B, T, (N,) H, D] -> [B, N or 1, H, X * M * C, D] in the dtype of factors."""
     x = x[:, :, None] if x.ndim == 4 else x
-    x = _pad(sizes, x.astype(sizes.operand)).transpose(2, 0, 3, 1, 4)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return _pad(sizes, x.astype(sizes.operand)).transpose(0, 2, 3, 1, 4)
 
 
 def tokens_first(sizes: Sizes, x):
-    """[N, B * H, X * M * C, D] -> [B, T, N, H, D]."""
-    x = x.reshape(-1, sizes.batch, sizes.heads, *x.shape[2:])
-    return x.transpose(1, 3, 0, 2, 4)[:, : sizes.tokens]
+    """[B, N, H, X * M * C, D] -> [B, T, N, H, D]."""
+    return x.transpose(0, 3, 1, 2, 4)[:, : sizes.tokens]
 
 
 def factors_of(sizes: Sizes, beta, g, run):
-    """beta, G, run and entering run (those in use) as rows: [B * H / h, X * M, rows * h, L]."""
+    """beta, G, run and entering run (those in use) as rows: [Y, X * M, rows * h, L]."""
     rows = [_chunk_rows(sizes, _pad(sizes, beta))]
     if g is not None:  # e^-104 is 0 in float32: more would only cost G its digits
         g = _chunk_rows(sizes, _pad(sizes, g[:, :, None]))
@@ -101,19 +114,20 @@ def factors_of(sizes: Sizes, beta, g, run):
 
 
 def _chunk_rows(sizes: Sizes, x):
-    """[B, T, N or 1, H] -> [B * H / h, X * M, h, C * N] in float32."""
+    """[B, T, N or 1, H] -> [Y, X * M, h, C * N] in float32."""
     batch, tokens, steps, heads = x.shape
-    x = x.astype(jnp.float32).reshape(batch, tokens // sizes.chunk, sizes.chunk, steps, heads)
-    x = x.transpose(0, 4, 1, 3, 2)
-    x = x.reshape(-1, sizes.group, tokens // sizes.chunk, steps * sizes.chunk)
-    return x.transpose(0, 2, 1, 3)
+    chunks, r, across = tokens // sizes.chunk, sizes.rows, sizes.heads_of_row
+    x = x.astype(jnp.float32)
+    x = x.reshape(batch // r, r, chunks, sizes.chunk, steps, heads // across, across)
+    x = x.transpose(0, 5, 2, 1, 6, 4, 3)
+    return x.reshape(-1, chunks, sizes.group, steps * sizes.chunk)
 
 
 def steps_last(sizes: Sizes, x, steps: int):
-    """The inverse: [B * H / h, X * M, h, C * N] -> [B, T, N, H]."""
-    chunks = x.shape[1]
-    x = x.transpose(0, 2, 1, 3)
-    x = x.reshape(sizes.batch, sizes.heads, chunks, steps, sizes.chunk).transpose(0, 2, 4, 3, 1)
+    """The inverse: [Y, X * M, h, C * N] -> [B, T, N, H]."""
+    chunks, r, across = x.shape[1], sizes.rows, sizes.heads_of_row
+    x = x.reshape(sizes.batch // r, -1, chunks, r, across, steps, sizes.chunk)
+    x = x.transpose(0, 3, 2, 6, 5, 1, 4)
     x = x.reshape(sizes.batch, chunks * sizes.chunk, steps, sizes.heads)
     return x[:, : sizes.tokens]
 
@@ -124,17 +138,20 @@ def call(kernel, sizes: Sizes, window, inputs: dict, outputs: dict):
     ``inputs`` and ``outputs`` list arrays (or their shapes) by kind, in the kernel's order;
     ``window`` maps the second index of the grid to the window it works on.
     """
+    r, across = sizes.rows, sizes.heads_of_row
+    place = lambda y: divmod(y, sizes.heads // across)  # of a group among rows and heads
+
     index = {
-        "tokens": lambda h, x: (0, h, window(x), 0),
-        "chunks": lambda h, x: (h, window(x), 0, 0),
-        "states": lambda h, x: (h, 0, 0),
-        "starts": lambda h, x: (window(x), h, 0, 0),
+        "tokens": lambda y, x: (place(y)[0], 0, place(y)[1], window(x), 0),
+        "chunks": lambda y, x: (y, window(x), 0, 0),
+        "states": lambda y, x: (*place(y), 0, 0),
+        "starts": lambda y, x: (window(x), *place(y), 0, 0),
     }
     block = {
-        "tokens": lambda s: (s[0], sizes.group, sizes.chunks * sizes.chunk, s[3]),
+        "tokens": lambda s: (r, s[1], across, sizes.chunks * sizes.chunk, s[4]),
         "chunks": lambda s: (None, sizes.chunks, *s[2:]),
-        "states": lambda s: (sizes.group, *s[1:]),
-        "starts": lambda s: (None, sizes.group, *s[2:]),
+        "states": lambda s: (r, across, *s[2:]),
+        "starts": lambda s: (None, r, across, *s[3:]),
     }
     flat = lambda arrays: [(kind, x) for kind in arrays for x in arrays[kind]]
     specs = lambda arrays: [

@@ -61,18 +61,16 @@ class DeltaProduct(nn.Module):
             x_BTD = jnp.where(mask[..., None], x_BTD, 0)
         runs_BT = segment_runs(segment_ids, mask)
         place = (runs_BT, cache, tokens_up_to_last(mask))
-        q, conv_q = self._project(x_BTD, "q", heads * c.head_dim, *place)
-        k, conv_k = self._project(x_BTD, "k", steps * heads * c.head_dim, *place)
-        v, conv_v = self._project(x_BTD, "v", steps * v_heads * value_dim, *place)
-        q_BTGK = l2_normalise(q.reshape(*q.shape[:2], heads, c.head_dim))
-        k_BTNGK = l2_normalise(k.reshape(*k.shape[:2], steps, heads, c.head_dim))
-        v_BTNGV = v.reshape(*v.shape[:2], steps, v_heads, value_dim)
+        q_BTGK, conv_q = self._project(x_BTD, "q", (heads, c.head_dim), *place)
+        k_BTNGK, conv_k = self._project(x_BTD, "k", (steps, heads, c.head_dim), *place)
+        v_BTNGV, conv_v = self._project(x_BTD, "v", (steps, v_heads, value_dim), *place)
+        q_BTGK, k_BTNGK = l2_normalise(q_BTGK), l2_normalise(k_BTNGK)
         if v_heads != heads:  # grouped values: a key head serves consecutive value heads
             q_BTGK = jnp.repeat(q_BTGK, v_heads // heads, axis=-2)
             k_BTNGK = jnp.repeat(k_BTNGK, v_heads // heads, axis=-2)
 
-        b = self._dense("b_proj", steps * v_heads, "heads")(x_BTD)
-        beta_BTNG = nn.sigmoid(_at_least_float32(b)).reshape(*b.shape[:2], steps, v_heads)
+        b_BTNG = self._dense("b_proj", (steps, v_heads, 1), "heads")(x_BTD)[..., 0]
+        beta_BTNG = nn.sigmoid(_at_least_float32(b_BTNG))
         if c.allow_neg_eigval:
             beta_BTNG = 2 * beta_BTNG
         g_BTG = self._log_decay(x_BTD) if c.use_forget_gate else None
@@ -96,15 +94,15 @@ class DeltaProduct(nn.Module):
 
         o_BTGV = RMSNorm(c.norm_eps, "head_dim", c.dtype, c.param_dtype, name="o_norm")(o_BTGV)
         if c.use_output_gate:
-            gate = self._dense("g_proj", v_heads * value_dim, "heads")(x_BTD)
-            o_BTGV = o_BTGV * nn.silu(gate).reshape(o_BTGV.shape)
+            gate_BTGV = self._dense("g_proj", (v_heads, value_dim), "heads")(x_BTD)
+            o_BTGV = o_BTGV * nn.silu(gate_BTGV)
         o = o_BTGV.reshape(*o_BTGV.shape[:2], v_heads * value_dim)
         y_BTD = self._dense("o_proj", x_BTD.shape[-1], axes=("heads", "embed"))(o)
         if mask is not None:
             y_BTD = jnp.where(mask[..., None], y_BTD, 0)
         return y_BTD, LayerCache(state, conv_q, conv_k, conv_v)
 
-    def _project(self, x_BTD, name: str, features: int, runs_BT, cache, end_B):
+    def _project(self, x_BTD, name: str, features: tuple[int, ...], runs_BT, cache, end_B):
         """Projection, short convolution and activation; with the convolution's history."""
         c = self.config
         x = self._dense(f"{name}_proj", features, "heads")(x_BTD)
@@ -135,7 +133,7 @@ class DeltaProduct(nn.Module):
         dt_BTG = nn.softplus(a_BTG + _at_least_float32(dt_bias_G)[None, None])
         return -jnp.exp(_at_least_float32(a_log_G))[None, None] * dt_BTG
 
-    def _dense(self, name: str, features: int, axis: str = "", axes: Any = None):
+    def _dense(self, name: str, features: int | tuple[int, ...], axis: str = "", axes: Any = None):
         c = self.config
         axes = axes or ("embed", axis)
         init = nn.initializers.normal(c.initializer_range)

@@ -32,6 +32,9 @@ CASES = {
     "three steps, two chunks per window": Case(
         (1, 50, 3, 32, 32, 3), gated=True, chunk=16, stride=32
     ),
+    "groups of two rows and four of twelve heads": Case(
+        (4, 17, 12, 32, 32, 1), gated=True, segments=(5,)
+    ),
     "four steps, segments": Case((1, 37, 1, 32, 32, 4), segments=(7, 16, 33), stride=32),
 }
 

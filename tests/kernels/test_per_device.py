@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import pytest
 
-from scanax.kernels.per_device import per_device
+from scanax.kernels.per_device import by_heads, per_device
 
 HERE = pathlib.Path(__file__)
 
@@ -55,6 +55,21 @@ def main() -> None:
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
+    # Columns by heads: the gradient has the values, and comes back in the division, of the columns.
+    x, columns = normal(batch, 6), normal(6, 2 * heads * width)
+
+    def loss(columns):
+        kernel = by_heads(columns, (2, heads, width))
+        assert kernel.ndim == (4 if jax.sharding.get_abstract_mesh().axis_names else 2)
+        return jnp.sum(jnp.sin(jnp.tensordot(x, kernel, axes=1)))
+
+    expected = jax.jit(jax.grad(loss))(columns)
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        actual = jax.jit(jax.grad(loss))(jax.device_put(columns, divided))
+    np.testing.assert_allclose(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
+    assert actual.sharding.spec[-1] == "tensor", actual.sharding
+
 
 def test_eight_devices_equal_one():
     flags = "--xla_force_host_platform_device_count=8"
@@ -72,6 +87,15 @@ def test_what_does_not_divide_is_named():
             function(rows)
         with pytest.raises(ValueError, match="4 heads cannot be divided among the 3 devices"):
             function(heads)
+
+
+def test_heads_that_do_not_divide_stay_columns():
+    x = jnp.ones((3, 2 * 4 * 5))
+    mesh = AbstractMesh((2, 3), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    assert by_heads(x, (2, 4, 5)) is x
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert by_heads(x, (2, 4, 5)) is x
+        assert by_heads(x, (40,)) is x
 
 
 if __name__ == "__main__":
