@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from .dispatch import target
+
 BATCH_AXES = ("data", "fsdp", "expert")  # of the mesh, along which rows are divided
 HEAD_AXIS = "tensor"
 
@@ -77,19 +79,22 @@ def by_heads(parameter: jax.Array, features: Sequence[int]) -> jax.Array:
 
     Parameters are divided by columns, and so by steps before heads. Their products with the tokens
     would be too, and all of them change devices before the kernel, and their gradients after it.
-    So the parameter does, and its gradient.
+    So the parameter does, and its gradient. And a TPU writes what is a product by heads with the
+    tokens of a head in one place, as a kernel reads them.
 
     Args:
       parameter: on an ambient mesh divided along its last axis, if at all.
       features: (N, H, K), (H, K), or what has no heads: (D,).
 
     Returns:
-      The parameter, reshaped only if there is an ambient mesh that divides these heads.
+      The parameter, reshaped only on a mesh that divides these heads, or for TPU.
     """
     mesh = _divided()
-    if len(features) == 1 or mesh is None or mesh.manual_axes or mesh.explicit_axes:
+    if len(features) == 1 or (mesh is not None and (mesh.manual_axes or mesh.explicit_axes)):
         return parameter
-    ways = dict(mesh.shape).get(HEAD_AXIS, 1)
+    ways = 1 if mesh is None else dict(mesh.shape).get(HEAD_AXIS, 1)
+    if ways == 1 and target()[0] == "tpu":
+        return parameter.reshape(*parameter.shape[:-1], *features)
     if ways == 1 or features[-2] % ways:
         return parameter
 

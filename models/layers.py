@@ -46,11 +46,12 @@ def uniform(inputs: int):
 def product_of_rows(x: jax.Array, kernel: jax.Array, dtype: DType | None) -> jax.Array:
     """x @ kernel, [..., in] and [in, *out] -> [..., *out], with sums and result in ``dtype``.
 
-    All rows make one matrix: the kernel's gradient then needs no transposed copies on CPU.
+    With one dimension of outputs all rows make one matrix: the kernel's gradient then needs no
+    transposed copies on CPU. With heads they stay apart, for a TPU to write heads before tokens.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    rows = jnp.tensordot(rows, kernel, axes=1, preferred_element_type=dtype)
-    return rows.reshape(*x.shape[:-1], *kernel.shape[1:])
+    rows = x.reshape(-1, x.shape[-1]) if kernel.ndim == 2 else x
+    y = jnp.tensordot(rows, kernel, axes=1, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Dense(nn.Module):
@@ -89,25 +90,27 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) (* scale) over the last axis, computed in float32 or better."""
+    """x / sqrt(mean(x^2) + eps) (* scale) over the last ``axes`` axes, in float32 or better."""
 
     eps: float
     axis_name: str
     dtype: DType
     param_dtype: DType
     affine: bool = True
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] in ``dtype``."""
+        """[..., *D] -> [..., *D] in ``dtype``."""
         x = x.astype(accumulation_dtype(x.dtype))
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        axes, features = tuple(range(-self.axes, 0)), x.shape[-self.axes :]
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.eps)
         if not self.affine:
             return x.astype(self.dtype)
-        axes, shape = (self.axis_name,), (x.shape[-1],)
-        scale_D = parameter(self, "scale", nn.initializers.ones, axes, shape, self.param_dtype)
-        scale = jnp.expand_dims(scale_D.astype(x.dtype), range(x.ndim - 1))
-        return (x * scale).astype(self.dtype)
+        names, shape = (self.axis_name,), (math.prod(features),)
+        scale_D = parameter(self, "scale", nn.initializers.ones, names, shape, self.param_dtype)
+        scale = scale_D.astype(x.dtype).reshape(features)
+        return (x * jnp.expand_dims(scale, range(x.ndim - self.axes))).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

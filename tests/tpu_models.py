@@ -3,9 +3,8 @@
   python tests/tpu_models.py        (where libtpu is installed: pip install -e '.[tpu]')
 
 A language model of each scan, bfloat16, on four chips divided by fsdp and tensor. Checked: all
-scans of the program are kernels; and how many arrays are moved between the products of matrices
-and a kernel that reads them, to another layout or device, although they are larger than what the
-kernel reads in a step. None should be; where some are, the number is known and must not grow.
+scans of the program are kernels; and no array that is larger than what a kernel reads in a step is
+moved, to another layout or device, between the products of matrices and the kernel that reads it.
 """
 
 import importlib.util
@@ -17,11 +16,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 STEP_BYTES = 8 * 128 * 128 * 2  # 8 heads, 128 tokens, 128 wide, bfloat16
 # Operations of an optimised program that compute nothing; where bytes stay, it says bitcast.
 MOVES = ("copy", "reshape", "transpose", "all-to-all", "all-gather", "collective-permute")
-# Config; kernel in the program; arrays moved before forward and backward of one layer.
-MODELS = {
-    "lm_embedded.py": ("delta_product", 0, 0),
-    "lightnet_lm_embedded.py": ("additive_scan", 0, 4),
-}
+# Config, and the kernel in its program.
+MODELS = {"lm_embedded.py": "delta_product", "lightnet_lm_embedded.py": "additive_scan"}
 
 
 def program(config_file: str) -> str:
@@ -100,15 +96,15 @@ def size(kind: str) -> int:
 
 
 def main() -> None:
-    for config_file, (kernel, forward, backward) in MODELS.items():
+    for config_file, kernel in MODELS.items():
         hlo = program(config_file)
-        for direction, known in (("forward", forward), ("backward", backward)):
+        for direction in ("forward", "backward"):
             name = f"{kernel}_{direction}"
             calls = len(re.findall(rf"(?m)^\s*(?:ROOT )?%{name}\S* = .*tpu_custom_call", hlo))
             assert calls >= 2, f"{config_file}: {calls} calls of {name} for two layers"
             found = moved(hlo, name)
             print(f"{config_file}: {calls} calls of {name}, {len(found)} arrays moved before them")
-            assert len(found) <= known * calls, "\n".join(found)
+            assert not found, "\n".join(found)
 
 
 if __name__ == "__main__":

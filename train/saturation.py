@@ -25,10 +25,10 @@ def kept(keys: jax.Array) -> jax.Array:
     """exp(g_t) = exp(z_{t-1} - z_t) of key logits, z their cumulative log-sum-exp.
 
     Args:
-      keys: [R, T, K].
+      keys: [R, T, ...].
 
     Returns:
-      [R, T - 1, K] for t = 2, ..., T, in [0, 1].
+      [R, T - 1, ...] for t = 2, ..., T, in [0, 1].
     """
     z = jax.lax.cumlogsumexp(keys.astype(accumulation_dtype(keys.dtype)), axis=1)
     return jnp.exp(z[:, :-1] - z[:, 1:])
@@ -61,7 +61,7 @@ def saturation(
         layers = [found["intermediates"][f"layers_{i}"] for i in range(c.num_hidden_layers)]
         keys = [layer["attn"][name]["__call__"][0] for layer in layers]
         keys = [k[0] if isinstance(k, tuple) else k for k in keys]  # without the convolution's past
-        return jnp.stack([kept(k).mean(axis=(0, 2)) for k in keys])
+        return jnp.stack([kept(k).mean(axis=(0, 2, 3)) for k in keys])
 
     kept_LT = np.mean([means(params, row[None]) for row in ids], axis=0)
     folder.mkdir(parents=True, exist_ok=True)

@@ -77,17 +77,17 @@ class Mixer(nn.Module):
             x_BTD = jnp.where(mask[..., None], x_BTD, 0)
         runs_BT = segment_runs(segment_ids, mask)
         place = (runs_BT, cache, tokens_up_to_last(mask))
-        q, conv_q = self._project(x_BTD, "q", c.num_heads * c.key_dim, *place)
-        k, conv_k = self._project(x_BTD, "k", c.num_heads * c.key_dim, *place)
-        v, conv_v = self._project(x_BTD, "v", width, *place)
-        q, k, v = (x.reshape(*x.shape[:2], c.num_heads, -1) for x in (q, k, v))
+        q_BTHK, conv_q = self._project(x_BTD, "q", c.key_dim, *place)
+        k_BTHK, conv_k = self._project(x_BTD, "k", c.key_dim, *place)
+        v_BTHV, conv_v = self._project(x_BTD, "v", width // c.num_heads, *place)
         angle = None
         if c.use_lrpe:
             lrpe.check_places(place_BTM, *x_BTD.shape[:2])
             angle = self._angles(place_BTM)
-        o_BTHV, s, z = self._mix(x_BTD, q, k, v, angle, mask, runs_BT, cache)
-        y_BTD = self._gated(x_BTD, o_BTHV.reshape(*o_BTHV.shape[:2], -1))
-        y_BTD = self._dense("o_proj", width, ("heads", "embed"))(y_BTD)
+        o_BTHV, s, z = self._mix(x_BTD, q_BTHK, k_BTHK, v_BTHV, angle, mask, runs_BT, cache)
+        o_BTHV = self._gated(x_BTD, o_BTHV)
+        o_BTD = o_BTHV.reshape(*o_BTHV.shape[:2], width)
+        y_BTD = self._dense("o_proj", width, ("heads", "embed"))(o_BTD)
         if mask is not None:
             y_BTD = jnp.where(mask[..., None], y_BTD, 0)
         return y_BTD, None if s is None else LayerCache(s, z, conv_q, conv_k, conv_v)
@@ -170,25 +170,26 @@ class Mixer(nn.Module):
         g = jnp.maximum(g, baselines.MIN_LOG_DECAY).reshape(*g.shape[:2], c.num_heads, -1)
         return _only(g, mask)
 
-    def _gated(self, x_BTD, o_BTD):
+    def _gated(self, x_BTD, o_BTHV):
+        """Norm over all heads, and gate."""
         c = self.config
         if c.mixer == "softmax":
-            return o_BTD
+            return o_BTHV
         norm = RMSNorm(
-            OUTPUT_EPS, "heads", c.dtype, c.param_dtype, c.elementwise_affine, name="g_norm"
+            OUTPUT_EPS, "heads", c.dtype, c.param_dtype, c.elementwise_affine, 2, name="g_norm"
         )
         if c.output_gate == "none":
-            return norm(o_BTD)
+            return norm(o_BTHV)
         low = self._dense("g_proj_0", c.gate_low_rank_dim, ("embed", "rank"))(x_BTD)
-        u_BTD = self._dense("g_proj_1", o_BTD.shape[-1], ("rank", "heads"))(low)
+        u_BTHV = self._dense("g_proj_1", o_BTHV.shape[2:], ("rank", "heads"))(low)
         if c.output_gate == "silu":
-            return norm(o_BTD) * nn.silu(u_BTD)
-        return norm(o_BTD * nn.sigmoid(u_BTD))
+            return norm(o_BTHV) * nn.silu(u_BTHV)
+        return norm(o_BTHV * nn.sigmoid(u_BTHV))
 
-    def _project(self, x_BTD, name: str, features: int, runs_BT, cache, end_B):
-        """Projection and short convolution, with the convolution's history."""
+    def _project(self, x_BTD, name: str, width: int, runs_BT, cache, end_B):
+        """Projection to heads of this width and short convolution, with its history."""
         c = self.config
-        x = self._dense(f"{name}_proj", features, ("embed", "heads"))(x_BTD)
+        x = self._dense(f"{name}_proj", (c.num_heads, width), ("embed", "heads"))(x_BTD)
         if not c.use_short_conv:
             return x, None
         history = None if cache is None else getattr(cache, f"conv_{name}")
@@ -203,7 +204,9 @@ class Mixer(nn.Module):
         )
         return conv(x, runs_BT, history, end_B)
 
-    def _dense(self, name: str, features: int, axes: tuple[str, str], bias: bool = False):
+    def _dense(
+        self, name: str, features: int | tuple[int, ...], axes: tuple[str, str], bias: bool = False
+    ):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         return Dense(features, axes, init, c.dtype, c.param_dtype, bias=bias, name=name)
