@@ -5,11 +5,11 @@
 About 10 million parameters each, in float32. Both sides begin with the same weights, read the same
 rows of a fixed Markov chain on the same cores, and take the same steps of AdamW: the losses of the
 first ``--steps`` must be equal to ``AGREEMENT`` before anything is timed. PyTorch runs twice: with
-the recurrences of fla, the package of the published layers, that need no GPU, and with the fastest
-known ("torch"); see ``language_bench_torch``. Repetitions of all are interleaved: quote the ratios,
-not the times, and of an idle machine, as a busy one hurts PyTorch more. Memory is the compiler's
-figure for temporary buffers. All takes ten minutes on two cores, nearly all of it LightNet with
-fla's recurrence.
+the recurrences that the package of the published layers, fla, has in plain torch, and with the
+fastest known ("torch"); see ``language_bench_torch``. Repetitions of all are interleaved: quote the
+ratios, not the times, and of an idle machine, as a busy one hurts PyTorch more. Memory is the
+compiler's figure for temporary buffers. ``--peers=torch`` takes minutes on two cores; fla's, which
+goes token by token, half an hour, and for DeltaProduct some 20 GB.
 
 The second table says where our step spends its time: every part is compiled alone at the model's
 shapes, forward and backward (``language_bench_parts``), timed in the same repetitions, and counted
@@ -51,7 +51,7 @@ PUBLISHED = {
 # What PyTorch's side needs with the recurrences of a peer, by family.
 PACKAGES = {
     "torch": {"delta_product": ("torch", "transformers"), "lightnet": ("torch",)},
-    "fla": dict.fromkeys(PUBLISHED, ("torch", "einops", "fla")),
+    "fla": dict.fromkeys(PUBLISHED, ("torch", "fla")),
 }
 
 

@@ -5,10 +5,10 @@ X chunks of C tokens.
 
 The networks are functions of the tensors that ``to_torch`` gives, by their published names, so that
 both sides compute the same thing. Layers are PyTorch's own. The recurrences are what there is
-without a GPU (``RECURRENCES``). Those of "fla" are the plain torch functions of the package that
-the published layers are in, the fastest that have a gradient: the delta rule in chunks, and gated
-linear attention token by token. Those of "torch" are faster: ``torch_chunk_gated_delta_rule`` of
-the transformers package, and gated linear attention in chunks, written here.
+without a GPU (``RECURRENCES``). Those of "fla" are what the package of the published layers has for
+their operations in plain torch, token by token. Those of "torch" are the fastest known:
+``torch_chunk_gated_delta_rule`` of the transformers package, and gated linear attention in chunks,
+written here.
 """
 
 from collections.abc import Callable
@@ -53,8 +53,7 @@ def logits(c: Any, w: Tensors, recurrence: Recurrence, ids_BT: torch.Tensor) -> 
 def delta_product(
     c: DeltaProductConfig, p: Lookup, recurrence: Recurrence, x_BTD: torch.Tensor
 ) -> torch.Tensor:
-    """The published token mixer. N steps become N tokens: queries come with the last of them,
-    decays with the first."""
+    """The published token mixer."""
     batch, tokens, _ = x_BTD.shape
     steps, heads = c.num_householder, c.num_heads
     q, k, v = (F.silu(project(c, p, x_BTD, name)) for name in "qkv")
@@ -67,9 +66,7 @@ def delta_product(
     if c.use_forget_gate:
         g_BTH = F.softplus(F.linear(x_BTD, p("a_proj.weight")) + p("dt_bias"))
         g_BTH = -torch.exp(p("A_log")) * g_BTH
-    q = F.pad(q_BTHK[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
-    g = F.pad(g_BTH[:, :, None], (0, 0, 0, steps - 1)).flatten(1, 2)
-    o_BTHV = recurrence(q, k, v, g, beta)[:, steps - 1 :: steps]
+    o_BTHV = recurrence(q_BTHK, k, v, g_BTH, beta)
     o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], p("o_norm.weight"), c.norm_eps)
     o = o_BTHV.flatten(2)
     if c.use_output_gate:
@@ -125,28 +122,35 @@ def gated_linear_attention(
     return o_BHXCV.flatten(2, 3).transpose(1, 2)[:, :tokens]
 
 
-def transformers_delta_rule(*inputs: torch.Tensor) -> torch.Tensor:
+def transformers_delta_product(q, k, v, g, beta) -> torch.Tensor:
+    """N steps become N tokens: queries come with the last of them, decays with the first."""
     from transformers.models.qwen3_next import (  # pyright: ignore[reportMissingImports]
         modeling_qwen3_next as published,
     )
 
-    return published.torch_chunk_gated_delta_rule(*inputs)[0]
+    steps = k.shape[1] // q.shape[1]
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
+    g = F.pad(g[:, :, None], (0, 0, 0, steps - 1)).flatten(1, 2)
+    return published.torch_chunk_gated_delta_rule(q, k, v, g, beta)[0][:, steps - 1 :: steps]
 
 
-def fla_delta_rule(*inputs: torch.Tensor) -> torch.Tensor:
-    return peers.fla_naive("gated_delta_rule").naive_chunk_gated_delta_rule(*inputs)[0]
+def fla_delta_product(q, k, v, g, beta) -> torch.Tensor:
+    published = peers.fla_naive("gated_delta_product").naive_recurrent_gated_delta_product
+    steps = k.shape[1] // q.shape[1]
+    return published(q, k, v, g, beta, q.shape[-1] ** -0.5, num_householder=steps)[0]
 
 
-def fla_linear_attention(q: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+def fla_linear_attention(q, k, v, g) -> torch.Tensor:
     """Without the scale of its queries."""
-    return peers.fla_naive("gla").naive_recurrent_gla(q * q.shape[-1] ** 0.5, *inputs)[0]
+    return peers.fla_naive("gla").naive_recurrent_gla(q * q.shape[-1] ** 0.5, k, v, g)[0]
 
 
-# (q, k, v, g, beta) or (q, k, v, g), all [B, T, H, ...] -> o [B, T, H, V].
+# q [B, T, H, K]; k, v and beta have N T tokens; g is [B, T, H], or with channels K and no beta.
+# They return o [B, T, H, V].
 RECURRENCES: dict[tuple[str, str], Recurrence] = {
-    ("torch", "delta_product"): transformers_delta_rule,
+    ("torch", "delta_product"): transformers_delta_product,
     ("torch", "lightnet"): gated_linear_attention,
-    ("fla", "delta_product"): fla_delta_rule,
+    ("fla", "delta_product"): fla_delta_product,
     ("fla", "lightnet"): fla_linear_attention,
 }
 

@@ -12,15 +12,15 @@ COMMAND = [sys.executable, "-m", "scanax.models.language_bench"]
 
 # What is compared with is no dependency: without it there is nothing to compare.
 TORCH = "the benchmark's other side: pip install torch transformers"
-FLA = "the benchmark's other side: pip install torch einops, and fla-core without its dependencies"
+FLA = "the benchmark's other side: pip install torch, and fla-core without its dependencies"
 
 
 @pytest.mark.parametrize(
     "family, peer, packages",
     [
         ("delta_product", "torch", ("torch", "transformers")),
-        ("delta_product", "fla", ("torch", "einops", "fla")),
-        ("lightnet", "fla", ("torch", "einops", "fla")),
+        ("delta_product", "fla", ("torch", "fla")),
+        ("lightnet", "fla", ("torch", "fla")),
     ],
 )
 def test_trains_alike(family, peer, packages):
