@@ -13,6 +13,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
@@ -66,6 +67,15 @@ def unavailable(*programs: int) -> str | None:
 def processors() -> int:
     """How many programs of the device run side by side."""
     return getattr(jax.devices()[0], "core_count", None) or PROCESSORS
+
+
+def row_major(tree: Any) -> Any:
+    """The arrays, in memory in the order of their axes, as the kernels read and write them.
+
+    XLA would take the order that suits what else computes them, and copy them here and there.
+    """
+    order = lambda x: Layout(tuple(range(x.ndim)))
+    return jax.tree.map(lambda x: with_layout_constraint(x, order(x)), tree)
 
 
 def tile(*shape: int, dtype=jnp.bfloat16):
@@ -182,13 +192,23 @@ class Read(NamedTuple):
             tile_ref[...] = zeros(*tile_ref.shape, dtype=self.array.dtype)
 
 
-def one_tile(name: str, grid: dict[str, int], reads: dict[str, Read], outputs, scratch, compute):
+def one_tile(
+    name: str,
+    grid: dict[str, int],
+    reads: dict[str, Read],
+    inputs: dict[str, jax.Array],
+    outputs,
+    scratch,
+    compute: Callable[..., None],
+):
     """A kernel whose programs read one tile of every array, and compute.
 
     Args:
       name: of the kernel; grid: the axes of its programs, the last varies the fastest.
-      reads: arrays by name; outputs: shapes by name; scratch: shared memory by name.
-      compute: (place, refs), with the index on every axis, and all tiles, outputs and scratch.
+      reads: arrays by name; inputs: those that ``compute`` copies itself; outputs: shapes by name;
+      scratch: shared memory by name.
+      compute: (place, refs), with the index on every axis, and all tiles, inputs, outputs and
+        scratch.
 
     Returns:
       The outputs by name.
@@ -196,14 +216,15 @@ def one_tile(name: str, grid: dict[str, int], reads: dict[str, Read], outputs, s
 
     def body(*refs, tiles, ready, **scratch):
         place = {axis: jax.lax.axis_index(axis) for axis in grid}
-        arrays, written = refs[: len(reads)], refs[len(reads) :]
+        arrays, others = refs[: len(reads)], refs[len(reads) :]
+        others = {**scratch, **dict(zip((*inputs, *outputs), others, strict=True))}
         for key, read in reads.items():
             read.clear(tiles[key])
         plgpu.commit_smem()
         for (key, read), array in zip(reads.items(), arrays, strict=True):
             read.start(array, tiles[key], place, 0, ready)
         plgpu.barrier_wait(ready)
-        compute(place, {**tiles, **scratch, **dict(zip(outputs, written, strict=True))})
+        compute(place, {**tiles, **others})
         plgpu.wait_smem_to_gmem(0)
 
     memory = {
@@ -211,7 +232,7 @@ def one_tile(name: str, grid: dict[str, int], reads: dict[str, Read], outputs, s
         "tiles": {key: read.memory(*read.shape) for key, read in reads.items()},
         "ready": plgpu.Barrier(num_arrivals=len(reads)),
     }
-    return _call(body, name, grid, reads, {}, outputs, memory)
+    return _call(body, name, grid, reads, inputs, outputs, memory)
 
 
 def through_tiles(

@@ -82,6 +82,7 @@ def prepare(q, k, f, channels, tokens, scale: float, stride: int):
         "additive_scan_prepare",
         grid,
         {**reads, **_factors(channels, tokens, chunk)},
+        {},
         {
             "queries": shape(ROWS, key),
             "keys": shape(ROWS, key),
@@ -105,32 +106,45 @@ def gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, s
     def compute(place, refs):
         part = lambda name: load(refs[name]).astype(jnp.float32)
         factor = lambda i: row(refs["channels"].at[i, block(place)])
-        e, old, _, inverse = _weights(refs, part("k"), factor, stride)
+        queries = load(refs["q"])
+        scratch = {**refs, "low": refs["q"]}  # from here on, and of state once it is in registers
+
+        # What queries read of the state, 64 values at a time: shared memory for two programs.
+        dq = zeros(*SQUARE)
+        for i in range(0, value, ROWS):
+            if i > 0:
+                plgpu.barrier_wait(refs["state_ready"])
+            refs["state_tile"][...] = part("state").astype(q.dtype)
+            plgpu.commit_smem()
+            if i + ROWS < value:
+                at = (*start(place), pl.ds(i + ROWS, ROWS))
+                plgpu.copy_gmem_to_smem(refs["starts"].at[at], refs["state"], refs["state_ready"])
+            dq = product(refs["do"].at[:, pl.ds(i, ROWS)], refs["state_tile"].T, dq)
+
+        e, old, _, inverse = _weights(scratch, part("k"), factor, stride)
         enter = old * inverse
-        refs["state_tile"][...] = load(refs["state"]).astype(q.dtype)
         p = jnp.where(_within(refs), product(refs["do"], refs["v"].T), 0.0)
         refs["p"][...] = p.astype(q.dtype)
         refs["high"][...] = (e if f is None else e * part("f")).astype(q.dtype)
-        refs["low"][...] = (part("q") * scale * inverse).astype(q.dtype)
+        scratch["low"][...] = (queries.astype(jnp.float32) * scale * inverse).astype(q.dtype)
         plgpu.commit_smem()
-        dq = enter * product(refs["do"], refs["state_tile"].T)
-        dq += inverse * product(refs["p"], refs["high"])
-        x = part("q") * scale * dq
-        refs["q"][...] = (dq * scale).astype(q.dtype)
+        dq = enter * dq + inverse * product(refs["p"], refs["high"])
+        x = queries.astype(jnp.float32) * scale * dq
+        refs["state_tile"][...] = (dq * scale).astype(q.dtype)
         refs["entered_sums"].at[0][...] = jnp.sum(enter * x, axis=0)
         x = inverse * x
         left = by_column(column(refs["columns"].at[ENDING]), SQUARE) * by_row(factor(END), SQUARE)
-        dk = e * product(refs["p"].T, refs["low"])
+        dk = e * product(refs["p"].T, scratch["low"])
         dk += e * left * product(refs["v"], refs["dstate"])
         if f is not None:
             df, dk = dk, dk * part("f")
             refs["f"][...] = df.astype(f.dtype)
-        dk = dk - e * _sum_of_tokens(_within(refs, later=True), x, refs)
-        refs["dk_tile"][...] = dk
+        dk = dk - e * _sum_of_tokens(_within(refs, later=True), x, scratch)
+        refs["state"][...] = dk
         plgpu.commit_smem()
         row_, head, x, channels_ = (place[axis] for axis in ("row", "head", "chunk", "block"))
         at = row_, pl.ds(x * stride, stride), head, block(place)
-        sources = {"dq": "q", "dk": "dk_tile"} | ({} if f is None else {"df": "f"})
+        sources = {"dq": "state_tile", "dk": "state"} | ({} if f is None else {"df": "f"})
         for name, source in sources.items():
             plgpu.copy_smem_to_gmem(refs[source].at[pl.ds(0, stride)], refs[name].at[at])
         plgpu.copy_smem_to_gmem(refs["entered_sums"], refs["entered"].at[row_, head, x, channels_])
@@ -146,7 +160,8 @@ def gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, s
         outputs["df"] = jax.ShapeDtypeStruct(f.shape, f.dtype)
     grid = {**grid_of(channels, "chunk"), "block": q.shape[-1] // ROWS}
     outputs["entered"] = jax.ShapeDtypeStruct((*grid.values(), 1, ROWS), jnp.float32)
-    start = lambda place, n: (place["chunk"], place["row"], place["head"], block(place))
+    start = lambda place: (place["chunk"], place["row"], place["head"], block(place))
+    first = lambda place, n: (*start(place), pl.ds(0, ROWS))
     at = lambda place: (place["row"], place["head"], place["chunk"])
     after = lambda place, n: (*at(place), slice(None), block(place))
     return hopper.one_tile(
@@ -156,17 +171,17 @@ def gradients(q, k, v, f, do, starts, dstates, channels, tokens, scale: float, s
             **reads,
             "v": of_tokens(v, stride, chunk),
             "do": of_tokens(do, stride, chunk),
-            "state": Read(starts, vectors, (ROWS, value), start),
+            "state": Read(starts, vectors, SQUARE, first),
             "dstate": Read(dstates, tile, (value, ROWS), after),
             **_factors(channels, tokens, chunk),
         },
+        {"starts": starts},
         outputs,
         {
             "p": tile(*SQUARE),
             "high": tile(*SQUARE),
-            "low": tile(*SQUARE),
-            "state_tile": tile(ROWS, value),
-            "dk_tile": vectors(*SQUARE),
+            "state_tile": tile(*SQUARE),
+            "state_ready": plgpu.Barrier(),
             "entered_sums": vectors(1, ROWS),
         },
         compute,

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..hopper import ROWS
+from ..hopper import ROWS, row_major
 from ..rows import whole_strides
 
 LOG2_E = math.log2(math.e)
@@ -46,7 +46,11 @@ def normalisers(k, z, run, stride: int) -> tuple[jax.Array, jax.Array]:
     run = _runs(run, k, stride)[..., None, None]
     k = k.astype(jnp.float32).reshape(k.shape[0], -1, stride, *k.shape[2:])
     ending = run == run[:, :, -1:]
-    local = jax.scipy.special.logsumexp(jnp.where(ending, k, -jnp.inf), axis=2)
+    there = jnp.where(ending, k, -jnp.inf)
+    highest = row_major(jnp.max(there, axis=2))
+    highest = jnp.where(highest == -jnp.inf, 0, highest)
+    sums = row_major(jnp.sum(jnp.exp(there - highest[:, :, None]), axis=2))
+    local = highest + jnp.log(sums)
     kept = jnp.broadcast_to(run[:, :, -1] == 0, local.shape)
 
     def join(left, right):
@@ -57,7 +61,7 @@ def normalisers(k, z, run, stride: int) -> tuple[jax.Array, jax.Array]:
     elements = (start(kept, jnp.zeros_like(z, dtype=bool)), start(local, z))
     z = jnp.moveaxis(jax.lax.associative_scan(join, elements, axis=1)[1], 1, 2)
     before, after = z[:, :, :-1], z[:, :, 1:]
-    top = jnp.maximum(jnp.moveaxis(jnp.max(k, axis=2), 1, 2), before)
+    top = jnp.maximum(jnp.moveaxis(row_major(jnp.max(k, axis=2)), 1, 2), before)
     r = jnp.where(top == -jnp.inf, 0, top)
     exp = lambda x: jnp.where(after > -jnp.inf, jnp.exp(x), 0)
     across = jnp.where(jnp.moveaxis(kept, 1, 2), exp(before - after), 0)

@@ -88,8 +88,8 @@ def supports(q, k, v, f, state, run, *, scale, chunk, stride) -> str | None:
 
 def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     """Outputs, final state and the states at the start of all strides, as in ``backends.py``."""
-    arguments = (q, k, v, f, state, run)
     again = functools.partial(xla.forward, scale=scale, chunk=chunk, stride=stride)
+    again = functools.partial(again, q, k, v, f, state, run)
     length = q.shape[1]
     q, k, v, f, run = whole(q, k, v, f, run, stride)
     z, channels = normalisers(k, state[1], run, stride)
@@ -101,15 +101,13 @@ def forward(q, k, v, f, state, run, *, scale, chunk, stride):
     final = jnp.swapaxes(results["final"][:, :, -1], -1, -2)
     starts = results["starts"], jnp.moveaxis(z[:, :, :-1], 2, 0)
     new = results["o"][:, :length], (final, z[:, :, -1]), starts
-    return jax.lax.cond(
-        _sound(prepared, channels, z, state), lambda: new, lambda: again(*arguments)
-    )
+    return _unless_lost(_sound(prepared, channels, z, state), new, again)
 
 
 def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride):
     """Gradients of the inputs and of the initial state, as in ``backends.py``."""
-    arguments = (q, k, v, f, run, starts, final, do, dfinal)
     again = functools.partial(xla.backward, scale=scale, chunk=chunk, stride=stride)
+    again = functools.partial(again, q, k, v, f, run, starts, final, do, dfinal)
     length, do = q.shape[1], whole_strides(do.astype(q.dtype), stride)
     q, k, v, f, run = whole(q, k, v, f, run, stride)
     first = tuple(x[0] for x in starts)
@@ -140,9 +138,12 @@ def backward(q, k, v, f, run, starts, final, do, dfinal, *, scale, chunk, stride
     dz = jnp.where(first[1] == -jnp.inf, 0, jnp.sum(ds * first[0], axis=-1) - r[:, :, 0])
     cut = tuple(None if x is None else x[:, :length] for x in gradients)
     results = (*cut, (ds, dz))
-    return jax.lax.cond(
-        _sound(prepared, channels, z, first), lambda: results, lambda: again(*arguments)
-    )
+    return _unless_lost(_sound(prepared, channels, z, first), results, again)
+
+
+def _unless_lost(sound, results, again):
+    """The results if they are sound, or else those of ``again()``."""
+    return jax.lax.cond(sound, lambda: hopper.row_major(results), lambda: hopper.row_major(again()))
 
 
 def _sound(prepared, channels, z, state) -> jax.Array:

@@ -80,7 +80,7 @@ def prepare(sizes: Sizes, q, k, factors, keep_m: bool = False):
             "rows": of_chunk(factors, chunk, first=RUN + 1),
             "columns": of_chunk(factors, chunk),
         },
-        *(outputs, scratch, compute),
+        *({}, outputs, scratch, compute),
     )
 
 
@@ -197,6 +197,7 @@ def gradients(sizes: Sizes, q, k, do, m, factors, u, states, e, dstates):
             "rows": of_chunk(factors, chunk, first=RUN + 1),
             "columns": of_chunk(factors, chunk),
         },
+        {},
         {
             "dq": jax.ShapeDtypeStruct(q.shape, q.dtype),
             "dk": jax.ShapeDtypeStruct(k.shape, k.dtype),
