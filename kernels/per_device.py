@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -105,6 +106,37 @@ def by_heads(parameter: jax.Array, features: Sequence[int]) -> jax.Array:
 
     parameter = divide(parameter, -1)  # for the gradient: it comes back divided by columns
     return divide(parameter.reshape(*parameter.shape[:-1], *features), -2)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """[B, ...] with its rows divided among the devices of the ambient mesh; the values are x's.
+
+    A parameter that is divided along the width of the residual stream would have the compiler
+    divide the channels of the tokens that it meets, too, instead of gathering the parameter; all
+    of them would change devices there and back in every layer, and so would their gradients.
+    """
+    mesh = _divided()
+    if mesh is None or mesh.manual_axes or mesh.explicit_axes:
+        return x
+    axes = _axes(mesh)["B"]
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *others))
+
+
+def tokens_of_heads_together(x: jax.Array, implementation: str | None) -> jax.Array:
+    """[B, T, ..., H, K] kept in memory as [B, ..., H, T, K] where kernels for TPU will read it.
+
+    For projections to heads whose channels are then put together with others. The compiler would
+    have their tokens last, and copy what follows from them before the kernel.
+    """
+    dimensions = "BTHK" if x.ndim == 4 else "BTNHK"
+    if implementation != "pallas_tpu" or target()[0] != "tpu" or not_divided((dimensions,), (x,)):
+        return x
+    layout = Layout((0, *range(2, x.ndim - 1), 1, x.ndim - 1))
+    keep = lambda x: with_layout_constraint(x, layout)
+    return per_device(keep, (dimensions,), dimensions)(x)
 
 
 def _divided() -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.dtypes import accumulation_dtype
+from ..kernels.per_device import by_rows
 from .layers import Dense, attend, parameter
 from .lightnet.dit import SIZES, join_patches, time_features
 from .limits import DTYPES, at_least, one_of
@@ -175,10 +176,10 @@ def sines_of_places(grid: tuple[int, int], width: int) -> np.ndarray:
 
 def _norm(x_BTD):
     """Layer norm without weights."""
-    wide = x_BTD.astype(accumulation_dtype(x_BTD.dtype))
+    wide = by_rows(x_BTD.astype(accumulation_dtype(x_BTD.dtype)))
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPS)
-    return wide.astype(x_BTD.dtype)
+    return by_rows(wide.astype(x_BTD.dtype))
 
 
 def _modulation(c: DiTConfig, number: int, name: str, condition_BD) -> list[jax.Array]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ..kernels import short_convolution
 from ..kernels.dtypes import accumulation_dtype
-from ..kernels.per_device import by_heads
+from ..kernels.per_device import by_heads, by_rows
 
 Initializer = Callable[..., jax.Array]
 DType = str | jnp.dtype
@@ -102,15 +102,16 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *D] -> [..., *D] in ``dtype``."""
-        x = x.astype(accumulation_dtype(x.dtype))
+        x = by_rows(x.astype(accumulation_dtype(x.dtype)))
         axes, features = tuple(range(-self.axes, 0)), x.shape[-self.axes :]
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.eps)
         if not self.affine:
-            return x.astype(self.dtype)
+            return by_rows(x.astype(self.dtype))
         names, shape = (self.axis_name,), (math.prod(features),)
         scale_D = parameter(self, "scale", nn.initializers.ones, names, shape, self.param_dtype)
         scale = scale_D.astype(x.dtype).reshape(features)
-        return (x * jnp.expand_dims(scale, range(x.ndim - self.axes))).astype(self.dtype)
+        x = x * jnp.expand_dims(scale, range(x.ndim - self.axes))
+        return by_rows(x.astype(self.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -125,14 +126,14 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in ``dtype``."""
-        x = x.astype(accumulation_dtype(x.dtype))
+        x = by_rows(x.astype(accumulation_dtype(x.dtype)))
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         axes, shape, init = (self.axis_name,), (x.shape[-1],), nn.initializers
         scale_D = parameter(self, "scale", init.ones, axes, shape, self.param_dtype)
         bias_D = parameter(self, "bias", self.bias_init, axes, shape, self.param_dtype)
         wide = lambda y: jnp.expand_dims(y.astype(x.dtype), range(x.ndim - 1))
-        return (x * wide(scale_D) + wide(bias_D)).astype(self.dtype)
+        return by_rows((x * wide(scale_D) + wide(bias_D)).astype(self.dtype))
 
 
 class SwiGLU(nn.Module):

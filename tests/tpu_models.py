@@ -1,71 +1,95 @@
 """Compiles training steps for TPUs that are not there, with the Pallas kernels in the real models.
 
-  python tests/tpu_models.py        (where libtpu is installed: pip install -e '.[tpu]')
+  python tests/tpu_models.py [--only REGEX]    (where libtpu is installed: pip install -e '.[tpu]')
 
-A language model of each scan, bfloat16, on four chips divided by fsdp and tensor. Checked: all
-scans of the program are kernels; and no array that is larger than what a kernel reads in a step is
-moved, to another layout or device, between the products of matrices and the kernel that reads it.
+Language models of both scans on four chips. Checked: all scans of the program are kernels; and no
+array that is larger than what a kernel reads in a step is moved, to another layout or device,
+between the products of matrices and the kernel that reads it. A case is named by its model, dtype,
+width of heads, N, chip, and the devices along fsdp and tensor; ``--only ""`` takes all.
 """
 
+import argparse
 import importlib.util
+import itertools
 import math
 import pathlib
 import re
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-STEP_BYTES = 8 * 128 * 128 * 2  # 8 heads, 128 tokens, 128 wide, bfloat16
 # Operations of an optimised program that compute nothing; where bytes stay, it says bitcast.
 MOVES = ("copy", "reshape", "transpose", "all-to-all", "all-gather", "collective-permute")
-# Config, and the kernel in its program.
-MODELS = {"lm_embedded.py": "delta_product", "lightnet_lm_embedded.py": "additive_scan"}
+# Config, the kernel in its program, and numbers of steps N.
+MODELS = {
+    "lm_embedded": ("delta_product", (1, 2, 3)),
+    "lightnet_lm_embedded": ("additive_scan", (1,)),
+}
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes
+QUICK = "lm_embedded bfloat16 128 2 v5e 2x2|lightnet_lm_embedded bfloat16 64 1 v5e 2x2"
 
 
-def program(config_file: str) -> str:
+def cases() -> list[tuple]:
+    """(model, dtype, width of a head, N, chip, devices along fsdp and tensor)."""
+    return [
+        (model, *case)
+        for model, (_, steps) in MODELS.items()
+        for case in itertools.product(WIDTHS, (64, 128), steps, CHIPS, ("2x2", "4x1"))
+    ]
+
+
+def program(model: str, dtype: str, width: int, steps: int, chip: str, devices: str) -> str:
     """The optimised HLO of a training step."""
     from scanax.train import dry_run, tasks
     from scanax.train.config import from_dict
 
-    spec = importlib.util.spec_from_file_location("config", CONFIGS / config_file)
+    spec = importlib.util.spec_from_file_location("config", CONFIGS / f"{model}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    config.model.implementation, config.model.dtype = "pallas_tpu", "bfloat16"
-    config.model.hidden_size, config.model.num_heads, config.model.vocab_size = 512, 4, 258
-    if "head_dim" in config.model and config.model.head_dim:
-        config.model.head_dim = 128
-    config.data.length = 1024
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
+    config.model.implementation, config.model.dtype = "pallas_tpu", dtype
+    config.model.hidden_size, config.model.vocab_size = 512, 258
+    config.model.num_heads = 512 // width
+    if model == "lm_embedded":
+        config.model.head_dim, config.model.num_householder = width, steps
+    config.data.length, config.mesh.data = 1024, 1
+    config.mesh.fsdp, config.mesh.tensor = map(int, devices.split("x"))
     config = from_dict(config.to_dict())
-    compiled, *_ = dry_run.compile_step(tasks.build(config), config, "v5e:2x2")
+    compiled, *_ = dry_run.compile_step(tasks.build(config), config, CHIPS[chip])
     return compiled.as_text()
 
 
-def moved(hlo: str, kernel: str) -> set[str]:
+def moved(hlo: str, kernel: str, step_bytes: int) -> set[str]:
     """Arrays larger than a step that are moved on their way from products to calls of a kernel."""
-    defined, bodies = {}, {}
+    defined, roots, found, seen = {}, {}, set(), set()
     for header, lines in re.findall(r"(?ms)^(?:ENTRY )?%(\S+) \(.*?\{$(.*?)^\}", hlo):
-        bodies[header] = re.findall(r"(?m)^\s+(?:ROOT )?%(\S+) = (.*)", lines)
-        defined.update(bodies[header])
-    found, seen = set(), set()
+        for root, name, text in re.findall(r"(?m)^\s+(ROOT )?%(\S+) = (.*)", lines):
+            defined[name] = text
+            if root:
+                roots[header] = name
 
-    def steps_of(name):
-        """The operation, and with a fusion those inside."""
-        called = re.search(r"calls=%([\w.-]+)", defined[name])
-        inner = [step for x, _ in bodies[called[1]] for step in steps_of(x)] if called else []
-        return [(name, *parts(defined[name])), *inner]
-
-    def visit(name):
-        steps = [step for step in steps_of(name) if size(step[1]) > STEP_BYTES]
-        if name in seen or not steps:
+    def visit(name, element=None, outer=()):
+        """What flows into (an element of) a result, inside these fusions."""
+        kind, operation, operands = parts(defined[name])
+        place = name, element, outer
+        if place in seen or size(kind) <= step_bytes or operation in ("convolution", "dot"):
             return
-        seen.add(name)
-        for step, kind, operation, operands in steps:
-            same = operation == "copy" and layout(kind) == layout(parts(defined[operands[0]])[0])
-            if operation in MOVES and not same:
-                found.add(f"{step}: {kind} {operation}")
-        if not {"convolution", "dot"} & {operation for _, _, operation, _ in steps}:
-            for operand in parts(defined[name])[2]:
-                visit(operand)
+        seen.add(place)
+        if operation == "fusion":
+            called = re.search(r"calls=%([\w.-]+)", defined[name])[1]
+            visit(roots[called], element, (*outer, name))
+        elif operation == "parameter" and outer:
+            number = int(re.search(r"parameter\((\d+)\)", defined[name])[1])
+            visit(parts(defined[outer[-1]])[2][number], None, outer[:-1])
+        elif operation == "get-tuple-element":
+            visit(operands[0], int(re.search(r"index=(\d+)", defined[name])[1]), outer)
+        elif operation == "tuple" and element is not None:
+            visit(operands[element], None, outer)
+        else:
+            stays = operation == "copy" and layout(kind) == layout(parts(defined[operands[0]])[0])
+            if operation in MOVES and not stays:
+                found.add(f"{name}: {kind} {operation}")
+            for operand in operands:
+                visit(operand, None, outer)
 
     for name, text in defined.items():
         if name.startswith(kernel) and "tpu_custom_call" in text:
@@ -96,15 +120,25 @@ def size(kind: str) -> int:
 
 
 def main() -> None:
-    for config_file, kernel in MODELS.items():
-        hlo = program(config_file)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default=QUICK, metavar="REGEX", help="cases; all if empty")
+    pattern = parser.parse_args().only
+    chosen = [case for case in cases() if re.match(pattern, " ".join(map(str, case)))]
+    assert chosen, f"no case is named {pattern!r}"
+    failed = []
+    for model, dtype, width, *others in chosen:
+        kernel, step_bytes = MODELS[model][0], 8 * 128 * width * WIDTHS[dtype]
+        hlo = program(model, dtype, width, *others)
         for direction in ("forward", "backward"):
             name = f"{kernel}_{direction}"
             calls = len(re.findall(rf"(?m)^\s*(?:ROOT )?%{name}\S* = .*tpu_custom_call", hlo))
-            assert calls >= 2, f"{config_file}: {calls} calls of {name} for two layers"
-            found = moved(hlo, name)
-            print(f"{config_file}: {calls} calls of {name}, {len(found)} arrays moved before them")
-            assert not found, "\n".join(found)
+            assert calls >= 2, f"{calls} calls of {name} for two layers"
+            found = moved(hlo, name, step_bytes)
+            case = " ".join(map(str, (model, dtype, width, *others)))
+            line = f"{case}: {calls} calls of {name}, {len(found)} arrays moved before them"
+            print(line, *sorted(found), sep="\n  ", flush=True)
+            failed += [case] * bool(found)
+    assert not failed, failed
 
 
 if __name__ == "__main__":

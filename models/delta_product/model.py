@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import by_rows
 from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from .config import DeltaProductConfig
 from .layer import DeltaProduct, LayerCache
@@ -52,7 +53,7 @@ class DeltaProductLM(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
         embedding_SD = parameter(self, "embeddings", init, axes, shape, c.param_dtype)
-        x_BTD = embedding_SD[ids].astype(c.dtype)
+        x_BTD = by_rows(embedding_SD[ids].astype(c.dtype))
         block = nn.remat(_Block) if c.remat else _Block
         caches = []
         for i in range(c.num_hidden_layers):

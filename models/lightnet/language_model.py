@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import by_rows
 from ..layers import next_token_logits, parameter, segment_runs
 from .block import block_of, positions
 from .config import LightNetLMConfig
@@ -69,7 +70,7 @@ class LightNetLM(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
         embedding_SD = parameter(self, "embeddings", init, axes, shape, c.param_dtype)
-        x_BTD = embedding_SD[ids].astype(c.dtype)
+        x_BTD = by_rows(embedding_SD[ids].astype(c.dtype))
         segment_ids = segment_runs(segment_ids, mask)
         tpe = None
         if c.tpe != "none":

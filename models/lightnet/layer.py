@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ...kernels import additive_attention, additive_scan, additive_step
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import tokens_of_heads_together
 from ..layers import Dense, RMSNorm, ShortConv, parameter, segment_runs, tokens_up_to_last
 from . import baselines, lrpe
 from .config import LightNetConfig
@@ -182,6 +183,7 @@ class Mixer(nn.Module):
             return norm(o_BTHV)
         low = self._dense("g_proj_0", c.gate_low_rank_dim, ("embed", "rank"))(x_BTD)
         u_BTHV = self._dense("g_proj_1", o_BTHV.shape[2:], ("rank", "heads"))(low)
+        u_BTHV = tokens_of_heads_together(u_BTHV, c.implementation)
         if c.output_gate == "silu":
             return norm(o_BTHV) * nn.silu(u_BTHV)
         return norm(o_BTHV * nn.sigmoid(u_BTHV))
@@ -190,6 +192,7 @@ class Mixer(nn.Module):
         """Projection to heads of this width and short convolution, with its history."""
         c = self.config
         x = self._dense(f"{name}_proj", (c.num_heads, width), ("embed", "heads"))(x_BTD)
+        x = tokens_of_heads_together(x, c.implementation)
         if not c.use_short_conv:
             return x, None
         history = None if cache is None else getattr(cache, f"conv_{name}")

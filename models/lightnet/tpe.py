@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import by_rows
 from ..layers import Dense, DType, Initializer, RMSNorm, parameter
 
 FORMS = ("dense", "fft", "recurrence")
@@ -95,7 +96,7 @@ class _Axis(nn.Module):
     @nn.compact
     def __call__(self, x, axis: int, sequence):
         """``sequence``: None, or (mask, segment_ids, state) of a causal product."""
-        channels = x.shape[-1]
+        x, channels = by_rows(x), x.shape[-1]
         own, state = self._exponential("", channels), None
         if sequence is None:
             backward = self._exponential("back_", channels) if self.bidirectional else None

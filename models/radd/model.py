@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import by_rows
 from ..layers import Dense, LayerNorm, attend, dropout, parameter, rotate, uniform
 from .config import RADDConfig
 
@@ -60,7 +61,7 @@ class RADD(nn.Module):
     def body(self, ids: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """[B, T] -> what ``head`` reads, [B, T, D]."""
         c = self.config
-        x_BTD = self.embeddings[ids].astype(c.dtype)
+        x_BTD = by_rows(self.embeddings[ids].astype(c.dtype))
         own = lambda n: None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)
         for i, block in enumerate(self.layers):
             x_BTD = block(x_BTD, own(2 * i), own(2 * i + 1))

@@ -15,6 +15,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 
+from ...kernels.per_device import by_rows
 from ..layers import RMSNorm, SwiGLU, next_token_logits, parameter
 from . import router
 from .config import RMoEConfig
@@ -94,7 +95,7 @@ class RMoELM(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
         embedding_SD = parameter(self, "embeddings", init, axes, shape, c.param_dtype)
-        x_BTD = embedding_SD[ids].astype(c.dtype)
+        x_BTD = by_rows(embedding_SD[ids].astype(c.dtype))
         after, place_BT = Cache(None, None, None) if cache is None else cache, None
         if c.mixer == "lightnet":
             x_BTD, place_BT, end = place(c, x_BTD, mask, segment_ids, after.places)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.dtypes import accumulation_dtype
+from ...kernels.per_device import by_rows
 from ..layers import Dense, LayerNorm, parameter, uniform
 from . import router
 from .config import RMoESeqConfig
@@ -137,7 +138,7 @@ class RMoESeqLM(nn.Module):
         shape = (c.head_dim, c.span)
         place_KW = parameter(self, "places", normal, ("head_dim", "span"), shape, dtype)
         shared = RouterCell(c, name="router")() if c.router_cell != "none" else {}
-        x_BTD = embedding_SD[ids].astype(c.dtype)
+        x_BTD = by_rows(embedding_SD[ids].astype(c.dtype))
         carry = (x_BTD, router.start(c.router, ids.size, x_BTD.dtype))
         numbers = jnp.arange(c.num_hidden_layers)
         axes = (1, 0, None, None, None, None)

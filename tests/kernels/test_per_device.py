@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import pytest
 
-from scanax.kernels.per_device import by_heads, per_device
+from scanax.kernels.per_device import by_heads, by_rows, per_device
 
 HERE = pathlib.Path(__file__)
 
@@ -96,6 +96,14 @@ def test_heads_that_do_not_divide_stay_columns():
     with jax.sharding.use_abstract_mesh(mesh):
         assert by_heads(x, (2, 4, 5)) is x
         assert by_heads(x, (40,)) is x
+
+
+def test_rows_that_do_not_divide_stay():
+    x = jnp.ones((3, 4))
+    assert by_rows(x) is x
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert by_rows(x) is x
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from stepping import train
 
-from scanax.configs import base
+from scanax.configs import base, lightnet_lm_embedded, lm_embedded, radd_lm_embedded
 from scanax.train import mesh as mesh_lib, state as state_lib, tasks
 from scanax.train.compilations import CompilationWatch
 from scanax.train.config import Config, ConfigError, from_dict
@@ -76,9 +76,8 @@ def test_bitwise_on_the_same_mesh(baseline):
     chex.assert_trees_all_equal(state.params, baseline[0].params)
 
 
-def test_microbatches_stay_on_their_devices():
-    """Cutting a sharded batch into microbatches moves no example between devices."""
-    c = config(**{"mesh.data": 4, "microbatches": 2})
+def program(c: Config) -> str:
+    """The optimised program of a training step."""
     task = tasks.build(c)
     mesh, shardings = place(task, c)
     shapes = state_lib.shapes(task, c)
@@ -87,11 +86,32 @@ def test_microbatches_stay_on_their_devices():
     sharding = mesh_lib.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: as_args(x, sharding), dict(task.batch_spec))
     text = jit_step(make_step(task, c, mesh), shardings, mesh).lower(state, batch, {}).compile()
-    program = text.as_text()
+    return text.as_text()
+
+
+def test_microbatches_stay_on_their_devices():
+    """Cutting a sharded batch into microbatches moves no example between devices."""
+    text = program(config(**{"mesh.data": 4, "microbatches": 2}))
     # Per device: 8 examples / 4 devices / 2 microbatches = 1 row of 9 tokens, never more.
-    assert re.search(r"s32\[1,9\]", program)
-    assert not re.search(r"s32\[[248],9\]\S* all-gather", program)
-    assert not re.search(r"all-to-all", program)
+    assert re.search(r"s32\[1,9\]", text)
+    assert not re.search(r"s32\[[248],9\]\S* all-gather", text)
+    assert not re.search(r"all-to-all", text)
+
+
+@pytest.mark.parametrize(
+    "family", [lm_embedded, lightnet_lm_embedded, radd_lm_embedded], ids=lambda x: x.__name__
+)
+def test_parameters_come_to_the_tokens(family):
+    """Divided by fsdp, the weights of products are gathered; tokens stay where they are."""
+    values = family.get_config()
+    changes = {"mesh.data": 1, "mesh.fsdp": 4, "batch_size": 8, "data.length": 24}
+    values.update_from_flattened_dict({**changes, "model.num_hidden_layers": 1})
+    text = program(from_dict(values.to_dict()))
+    gathered = re.findall(r"\w\[([\d,]*)\]\S* all-gather\(", text)
+    assert "128,128" in gathered
+    assert not [shape for shape in gathered if re.match(r"(8,24|192),(?!1$)", shape)]
+    # What tokens read of the divided embedding, and the gradient of that.
+    assert len(re.findall(r" all-to-all\(", text)) <= 2
 
 
 def test_examples_have_their_own_noise():
