@@ -90,7 +90,10 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) (* scale) over the last ``axes`` axes, in float32 or better."""
+    """x / sqrt(mean(x^2) + eps) (* scale) over the last ``axes`` axes, in float32 or better.
+
+    On a mesh, the rows before and after stay where they are (``by_rows``).
+    """
 
     eps: float
     axis_name: str
@@ -115,7 +118,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 or better."""
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 or better.
+
+    On a mesh, the rows before and after stay where they are (``by_rows``).
+    """
 
     eps: float
     axis_name: str

@@ -3,7 +3,7 @@
   python tests/tpu_models.py [--only REGEX]    (where libtpu is installed: pip install -e '.[tpu]')
 
 Language models of both scans on four chips. Checked: all scans of the program are kernels; and no
-array that is larger than what a kernel reads in a step is moved, to another layout or device,
+array that is larger than the keys a kernel reads in a step is moved, to another layout or device,
 between the products of matrices and the kernel that reads it. A case is named by its model, dtype,
 width of heads, N, chip, and the devices along fsdp and tensor; ``--only ""`` takes all.
 """
@@ -25,6 +25,7 @@ MODELS = {
 }
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes
+KEYS = {1: 8 * 128, 2: 16 * 64 * 2, 3: 16 * 32 * 3}  # that a kernel reads in a step, by N
 QUICK = "lm_embedded bfloat16 128 2 v5e 2x2|lightnet_lm_embedded bfloat16 64 1 v5e 2x2"
 
 
@@ -126,15 +127,15 @@ def main() -> None:
     chosen = [case for case in cases() if re.match(pattern, " ".join(map(str, case)))]
     assert chosen, f"no case is named {pattern!r}"
     failed = []
-    for model, dtype, width, *others in chosen:
-        kernel, step_bytes = MODELS[model][0], 8 * 128 * width * WIDTHS[dtype]
-        hlo = program(model, dtype, width, *others)
+    for model, dtype, width, steps, *others in chosen:
+        kernel, step_bytes = MODELS[model][0], KEYS[steps] * width * WIDTHS[dtype]
+        hlo = program(model, dtype, width, steps, *others)
         for direction in ("forward", "backward"):
             name = f"{kernel}_{direction}"
             calls = len(re.findall(rf"(?m)^\s*(?:ROOT )?%{name}\S* = .*tpu_custom_call", hlo))
             assert calls >= 2, f"{calls} calls of {name} for two layers"
             found = moved(hlo, name, step_bytes)
-            case = " ".join(map(str, (model, dtype, width, *others)))
+            case = " ".join(map(str, (model, dtype, width, steps, *others)))
             line = f"{case}: {calls} calls of {name}, {len(found)} arrays moved before them"
             print(line, *sorted(found), sep="\n  ", flush=True)
             failed += [case] * bool(found)
