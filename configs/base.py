@@ -21,8 +21,7 @@ code, and which values are valid, stands with the code that reads them:
   ObjectiveConfig, SamplerConfig            MixtureConfig       train/data/mixtures.py
                     train/tasks/flow_config.py
 
-One file, however long: it is the one place where one looks a key up. Any key can be set from the
-command line: ``--config.optimizer.learning_rate=1e-3``.
+Any key can be set from the command line: ``--config.optimizer.learning_rate=1e-3``.
 """
 
 import ml_collections

@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--only", default=QUICK, metavar="REGEX", help="cases; all if empty")
     pattern = parser.parse_args().only
     chosen = [case for case in cases() if re.match(pattern, " ".join(map(str, case)))]
-    assert chosen, f"no case is named {pattern!r}"
+    if not chosen:
+        names = ["  " + " ".join(map(str, case)) for case in cases()]
+        parser.error("\n".join([f"--only {pattern!r} is none of these:", *names]))
     failed = []
     for model, dtype, width, steps, *others in chosen:
         kernel, step_bytes = MODELS[model][0], KEYS[steps] * width * WIDTHS[dtype]
